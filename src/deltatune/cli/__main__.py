@@ -1,0 +1,5 @@
+"""`python -m deltatune.cli`."""
+
+from deltatune.cli import main
+
+main()

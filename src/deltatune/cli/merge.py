@@ -1,0 +1,86 @@
+"""`deltatune merge`: fold an adapter into its base and write a whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deltatune.cli import common
+from deltatune.cli.common import DeviceOption, Dtype, JsonFlag, ModelOption
+
+if TYPE_CHECKING:
+    from deltatune.train.merging import Merged
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the command line."""
+    app.command(
+        "merge",
+        epilog=common.examples(
+            "deltatune merge runs/quickstart merged/",
+            "deltatune merge runs/quickstart merged/ --dtype bfloat16 --prompt 'Message: hi\\nLabel:'",
+            "deltatune merge runs/quickstart merged/ --overwrite --json",
+        ),
+    )(merge_command)
+
+
+def merge_command(
+    target: Annotated[str, typer.Argument(help="A run or an adapter.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the merged model.")],
+    model: ModelOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the written weights; auto: that of the base.")] = Dtype.auto,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Load what was written and compare it with the live adapter."),
+    ] = True,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to compare on; repeat it.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the output.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    device: DeviceOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write base and adapter as one model that needs no adapter library.
+
+    The update is added in fp32 and rounded once. Nothing is written unless it fits the disk and, with
+    --verify, keeps what the adapter does.
+    """
+    from deltatune.train.loading import find_target
+    from deltatune.train.merging import PROMPTS, merge
+
+    if prompt and not verify:
+        raise ValueError("--prompt is for the comparison that --no-verify leaves out")
+    where = find_target(target, model)
+    console = common.err()
+    with console.status("merging"):
+        done = merge(
+            where,
+            output,
+            dtype=dtype.value,
+            overwrite=overwrite,
+            prompts=(prompt or PROMPTS) if verify else None,
+            max_shard_size=max_shard_size,
+            device=device,
+        )
+    if as_json:
+        common.print_json(done.as_dict())
+    else:
+        _print(done)
+
+
+def _print(done: Merged) -> None:
+    rows = [["base", done.base], ["adapter", str(done.adapter)], ["type", done.dtype]]
+    rows.append(["size", common.size(done.bytes)])
+    gap = done.difference
+    if gap is not None:
+        rows += [
+            ["largest logit difference", common.number(gap.max)],
+            ["mean logit difference", common.number(gap.mean)],
+            ["what the adapter changes (mean)", common.number(gap.adapter_effect)],
+            ["same next token", f"{gap.same_next_token:.1%} of positions, {gap.prompts} prompts"],
+        ]
+    console = common.out()
+    console.print(common.facts(rows))
+    console.print(f"merged model written to {done.output}", markup=False)
+    console.print(f"try: deltatune chat {done.output}", style="dim", markup=False)

@@ -1,0 +1,1 @@
+"""The core: what is common to every method. See ARCHITECTURE.md for the map."""

@@ -1,0 +1,353 @@
+"""All adapters attached to one model: add, choose, train, merge, save, load, delete.
+
+An `AdapterSet` belongs to the root module it was attached to (`adapters_of(model)`); `PeftModel` is a face on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.config import PeftConfig, TargetedConfig
+from deltatune.core import attention, merge
+from deltatune.core.bank import Bank
+from deltatune.core.copies import ModuleCopy
+from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit, Slot
+from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_paths, unhost
+from deltatune.core.plan import BASE, Plan, RowPlan, State
+from deltatune.core.sites import Site, base_modules, saved_modules
+from deltatune.core.weights import WeightRef
+from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, hint
+
+ATTRIBUTE = "_deltatune"
+#: reduced-precision bases get float32 adapters, unless the caller says otherwise
+LOW_PRECISION = {torch.float16, torch.bfloat16}
+
+
+def adapters_of(model: nn.Module) -> AdapterSet | None:
+    """The adapters attached to `model`, if any."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+class AdapterSet:
+    """The adapters of one model.
+
+    Attributes:
+        root: the model. plan: who runs. configs: adapter name -> its configuration.
+        edits: adapter name -> its edits, in the model's order.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.plan = Plan()
+        self.configs: dict[str, PeftConfig] = {}
+        self.edits: dict[str, list[Edit]] = {}
+        self.merged = merge.Merged()
+        self._undo: dict[str, Callable[[], None]] = {}
+        root.__dict__[ATTRIBUTE] = self
+
+    # ------------------------------------------------------------------ adding and deleting
+    def add(self, config: PeftConfig, name: str, *, float32: bool = True, meta: bool = False) -> None:
+        """Attaches an adapter. The model is untouched if anything about it is wrong.
+
+        Args:
+            float32: keep the adapter in float32 on a 16-bit base.
+            meta: create its tensors without memory, to be filled by loading.
+
+        Raises:
+            TargetError, ConfigError, AdapterNameError: one sentence each.
+        """
+        self.check_new_name(name)
+        if not isinstance(config, TargetedConfig):
+            raise ConfigError(f"{type(config).__name__} gives no edits; a method's configuration is needed")
+        undo = config.prepare(self.root)
+        try:
+            with torch.device("meta") if meta else contextlib.nullcontext():
+                bank, made = self._build(config)
+            if not any(edits for _, edits in made):
+                raise ConfigError(f"{type(config).__name__} changes nothing in this model")
+        except DeltatuneError:
+            if undo is not None:
+                undo()
+            raise
+        if undo is not None:
+            self._undo[name] = undo
+        self.configs[name], self.edits[name] = config, []
+        if bank is not None:
+            self._attach_bank(name, bank, float32)
+        for site, edits in made:
+            self._attach(name, site, edits, float32)
+        self.merged.tell(self.deltas(name))
+        self.set_requires_grad(name, not config.inference_mode)
+
+    def check_new_name(self, name: str) -> None:
+        """Raises AdapterNameError for a name that is taken or cannot be one."""
+        if not isinstance(name, str) or not name or "." in name or name == BASE:
+            raise AdapterNameError(f"{name!r} cannot name an adapter: it must be text without dots")
+        if name in self.configs:
+            raise AdapterNameError(f"an adapter named {name!r} is already there; delete it or take another name")
+        if hasattr(AdapterTensors(), name):
+            raise AdapterNameError(f"{name!r} cannot name an adapter: torch modules have an attribute of that name")
+
+    def _build(self, config: TargetedConfig) -> tuple[Bank | None, list[tuple[Site, list[Edit]]]]:
+        """(what the sites share, the edits of every site); nothing is attached yet."""
+        sites = [(site, self._ref(site)) for site in config.sites(self.root)]
+        bank = config.bank([(ref, site) for site, ref in sites if ref is not None])
+        made: list[tuple[Site, list[Edit]]] = []
+        for site, ref in sites:
+            if ref is None:
+                edits = config.build_module(self.root.get_submodule(site.path), site)
+            else:
+                edits = config.build(ref, site) if bank is None else config.build_shared(ref, site, bank)
+            made.append((site, [edits] if isinstance(edits, Edit) else list(edits)))
+        for path in saved_modules(self.root, config):
+            made.append((Site(path, None), [ModuleCopy(self.root.get_submodule(path))]))
+        made += config.extras(self.root, made)
+        return bank, made
+
+    def _ref(self, site: Site) -> WeightRef | None:
+        """The weight at a site; None for sites of a whole module."""
+        if site.parameter is None:
+            return None
+        ref = WeightRef(self.root.get_submodule(site.path), site.parameter, site.rows)
+        ref.original = self.merged.originals.get((id(ref.owner), ref.leaf))
+        return ref
+
+    def _attach(self, name: str, site: Site, edits: list[Edit], float32: bool) -> None:
+        for bank in (e for e in edits if isinstance(e, Bank)):
+            self._attach_bank(name, bank, float32)
+        edits = [e for e in edits if not isinstance(e, Bank)]
+        if not edits:
+            return
+        module = self.root.get_submodule(site.path)
+        hosted = host(module, self.plan, site.path)
+        close_fused_paths(self.root, site.path)
+        home = self.root.get_submodule(site.home or site.path)
+        for edit in edits:
+            for slot in edit.slots:
+                _settle(slot, edit, module, float32)
+            if isinstance(edit, KVEdit):
+                attention.enable(self.root)
+            path = site.home or site.path
+            edit.place(module, home, site.file_path or path, name, site.tag)
+            if site.tag and not site.file_path:  # peft has no name for this, so files carry the tag too
+                for slot in edit.slots:
+                    slot.key = f"{path}.{slot.file_name.replace(slot.name, f'{slot.name}_{site.tag}', 1)}"
+        hosted._edits[name] = (*hosted._edits.get(name, ()), *edits)
+        self.edits[name].extend(edits)
+
+    def _attach_bank(self, name: str, bank: Bank, float32: bool) -> None:
+        for slot in bank.slots:
+            _settle(slot, bank, self.root, float32)
+        bank.place_on(self.root, name)
+        self.edits[name].append(bank)
+
+    def delete(self, name: str) -> None:
+        """Removes an adapter; modules that no adapter changes any more get their own class back."""
+        self.check(name)
+        if name in self.plan.merged:
+            self.unmerge([name])
+        for module in list(self.root.modules()):
+            if isinstance(module, AdapterTensors) and name in module:
+                for table in (module._parameters, module._buffers, module._modules):
+                    table.pop(name, None)
+        for _, module in list(base_modules(self.root)):
+            _drop_empty(module)
+            if isinstance(module, Host):
+                module._edits.pop(name, None)
+                if not module._edits:
+                    unhost(module)
+        del self.configs[name], self.edits[name]
+        if name in self._undo:
+            self._undo.pop(name)()
+        self.plan.active = tuple(n for n in self.plan.active if n != name)
+        self.plan.refresh()
+        if not any(isinstance(e, KVEdit) for edits in self.edits.values() for e in edits):
+            attention.disable(self.root)
+        if not self.configs:
+            reopen_fused_paths(self.root)
+
+    def remove_all(self) -> nn.Module:
+        """Takes every adapter out and returns the plain base; what is merged stays in the weights."""
+        self.plan.merged = ()
+        self.merged.forget()
+        for name in list(self.configs):
+            self.delete(name)
+        self.root.__dict__.pop(ATTRIBUTE, None)
+        return self.root
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives an adapter another name; its parameters are the same objects."""
+        self.check(old)
+        self.check_new_name(new)
+        for module in list(self.root.modules()):
+            if isinstance(module, AdapterTensors) and old in module:
+                for table in (module._parameters, module._buffers, module._modules):
+                    _rename_key(table, old, new)
+            elif isinstance(module, Host):
+                _rename_key(module._edits, old, new)
+        for edit in self.edits[old]:
+            for slot in edit.slots:
+                if slot.attr == old and isinstance(slot.holder, AdapterTensors):
+                    slot.attr = new
+        _rename_key(self.configs, old, new)
+        _rename_key(self.edits, old, new)
+        _rename_key(self._undo, old, new)
+        self.plan.active = tuple(new if n == old else n for n in self.plan.active)
+        self.plan.merged = tuple(new if n == old else n for n in self.plan.merged)
+        self.plan.refresh()
+
+    # ------------------------------------------------------------------ choosing
+    def check(self, *names: str) -> None:
+        """Raises AdapterNameError for a name that is not there."""
+        for name in names:
+            if name not in self.configs:
+                raise AdapterNameError(
+                    f"there is no adapter named {name!r}{hint(str(name), self.configs)} "
+                    f"(adapters here: {', '.join(self.configs) or 'none'})"
+                )
+
+    def activate(self, names: str | Sequence[str]) -> None:
+        """Makes these adapters run, their changes added up; says nothing about what trains."""
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        self.check(*chosen)
+        if len(set(chosen)) != len(chosen):
+            raise AdapterNameError(f"an adapter is named twice in {list(chosen)}")
+        self._check_together(chosen)
+        self.plan.active = chosen
+        self.plan.refresh()
+
+    def _check_together(self, names: Sequence[str]) -> None:
+        """Two whole copies of one module cannot both be called."""
+        owner: dict[str, str] = {}
+        for name in names:
+            for edit in self.edits[name]:
+                if isinstance(edit, ModuleCopy):
+                    path = str(getattr(edit.host, "path", ""))
+                    if path in owner:
+                        raise ConfigError(
+                            f"adapters {owner[path]!r} and {name!r} both have their own copy of {path!r}, so they "
+                            "cannot be active together; use adapter_names to choose per row, or activate one"
+                        )
+                    owner[path] = name
+
+    def rows(self, names: Sequence[str], positions: int) -> State:
+        """The state for a batch whose row i uses adapter `names[i]`."""
+        self.check(*(n for n in dict.fromkeys(names) if n != BASE))
+        if self.plan.merged:
+            raise ConfigError(
+                f"adapter {self.plan.merged[0]!r} is merged into the base, so rows cannot be told apart; call "
+                "unmerge_adapter() first"
+            )
+        return State((), RowPlan.of(names, positions))
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Runs the body as the plain base, whatever is active or merged."""
+        with self.plan.disabled(), self.merged.base_in_place():
+            yield
+
+    def set_requires_grad(self, names: str | Sequence[str], value: bool) -> None:
+        """Makes the adapters' parameters train, or not; says nothing about what runs."""
+        chosen = [names] if isinstance(names, str) else list(names)
+        self.check(*chosen)
+        for name in chosen:
+            for edit in self.edits[name]:
+                for param in edit.trainable():
+                    param.requires_grad_(value)
+
+    # ------------------------------------------------------------------ merging
+    def merge(self, names: Sequence[str], *, safe: bool = False) -> None:
+        """Folds adapters into the base weights, in float32; the originals are kept for `unmerge`.
+
+        Raises:
+            CannotMergeError: one of them has no equivalent weight. ConfigError: a result is not finite.
+        """
+        self.check(*names)
+        all_names = (*self.plan.merged, *(n for n in names if n not in self.plan.merged))
+        self.merged.fold([(n, self.edits[n]) for n in all_names], safe=safe, root=self.root)
+        for name in self.configs:
+            self.merged.tell(self.deltas(name))
+        self.plan.merged = all_names
+        self.plan.refresh()
+
+    def unmerge(self, names: Sequence[str] | None = None) -> None:
+        """Gives the base its own numbers back, bit for bit; others that were merged stay merged."""
+        gone = self.plan.merged if names is None else tuple(names)
+        rest = tuple(n for n in self.plan.merged if n not in gone)
+        self.merged.restore(self.root)
+        self.plan.merged = ()
+        if rest:
+            self.merge(rest)
+        self.plan.refresh()
+
+    # ------------------------------------------------------------------ looking
+    def parameters(self, name: str) -> list[Tensor]:
+        """Every tensor of an adapter, trained or not."""
+        return [slot.weight for edit in self.edits[name] for slot in edit.slots]
+
+    def deltas(self, name: str) -> list[Delta]:
+        return [e for e in self.edits[name] if isinstance(e, Delta)]
+
+    def count(self) -> tuple[int, int]:
+        """(trainable, all) numbers; a module and its trained copy count once, tied weights once."""
+        copied = {
+            id(p)
+            for edits in self.edits.values()
+            for e in edits
+            if isinstance(e, ModuleCopy)
+            for p in e.original.parameters(recurse=True)
+            if not any(p is s.weight for s in e.slots)
+        }
+        trainable = total = 0
+        for param in self.root.parameters():
+            n = logical_size(param)
+            trainable += n if param.requires_grad else 0
+            total += n if id(param) not in copied else 0
+        return trainable, total
+
+
+def logical_size(param: Tensor) -> int:
+    """Numbers a parameter stands for, whatever its packing (ZeRO-3 shards, 4-bit bytes)."""
+    from deltatune.stores import find_store
+
+    if hasattr(param, "ds_numel"):
+        return int(param.ds_numel)
+    return math.prod(find_store(param).shape(param))
+
+
+def _settle(slot: Slot, edit: Edit, module: nn.Module, float32: bool) -> None:
+    """Gives a new tensor its final device and dtype, before anything (an optimiser) can hold it."""
+    if slot.value is None:
+        return
+    ref = edit.ref if isinstance(edit, Delta) else None
+    near = ref.param if ref is not None else next(module.parameters(), None)
+    value = slot.value
+    if value.is_floating_point():
+        dtype = ref.dtype if ref is not None else (near.dtype if near is not None else value.dtype)
+        if float32 and (dtype in LOW_PRECISION or not dtype.is_floating_point):
+            dtype = torch.float32
+        value = value.to(dtype)
+    slot.device = near.device if near is not None else None
+    if near is not None and not value.is_meta:
+        value = value.to(near.device) if not near.is_meta else value.to("meta")
+    slot.value = value.contiguous()  # FSDP2 asks for it
+
+
+def _drop_empty(module: nn.Module) -> None:
+    for name, child in list(module._modules.items()):
+        if isinstance(child, AdapterTensors) and len(child) == 0:
+            del module._modules[name]
+
+
+def _rename_key(table: dict[str, Any], old: str, new: str) -> None:
+    """Renames a key and keeps the order of the table."""
+    if old in table:
+        items = [(new if k == old else k, v) for k, v in table.items()]
+        table.clear()
+        table.update(items)

@@ -1,0 +1,217 @@
+"""How the edits of one module run together: added up, or row by row in a mixed batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core import prompts
+from deltatune.core.edits import Args, Delta, Edit, KVEdit, Kwargs, LowRank, ModuleEdit, PromptEdit
+from deltatune.core.lazy import LowRankWeight
+from deltatune.core.plan import RowPlan, State
+from deltatune.errors import CannotMergeError, MixedBatchError
+
+Base = Callable[..., Any]
+
+
+def fold(deltas: Sequence[Delta]) -> Tensor:
+    """The whole stored weight under several deltas of one parameter, in float32.
+
+    One delta gives its `merged` weight itself; several add their changes to the same base weight.
+    """
+    base = deltas[0].ref.load_full()
+    full = base
+    for i, delta in enumerate(deltas):
+        ref = delta.ref
+        w = ref.take(base)
+        new = delta.merged(w)
+        full = ref.put(full, new if i == 0 else ref.take(full) + (new - w))
+    return deltas[0].ref.stored(full)
+
+
+@contextlib.contextmanager
+def substituted(pairs: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Runs the body with other tensors in place of parameters: (module, leaf, tensor)."""
+    saved = [(module, leaf, module._parameters[leaf]) for module, leaf, _ in pairs]
+    for module, leaf, tensor in pairs:
+        module._parameters[leaf] = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, leaf, param in saved:
+            module._parameters[leaf] = param
+
+
+def rebuilds(edits: Sequence[Edit]) -> list[tuple[nn.Module, str, Tensor]]:
+    """The weights to put in place for a call: one per parameter that cannot be bypassed."""
+    by_name: dict[str, list[Delta]] = {}
+    for edit in edits:
+        if isinstance(edit, Delta) and not edit.ref.bypass:
+            by_name.setdefault(edit.ref.name, []).append(edit)
+    return [(ds[0].ref.owner, ds[0].ref.leaf, _in_place(ds)) for ds in by_name.values()]
+
+
+def _in_place(deltas: Sequence[Delta]) -> Tensor:
+    """The weight of a call: formed, or left as base and factors where the module reads only parts of it."""
+    ref = deltas[0].ref
+    if not ref.indexed or not all(isinstance(d, LowRank) for d in deltas):
+        return fold(deltas).to(ref.dtype)
+    pairs = [d.factors() for d in deltas if isinstance(d, LowRank)]
+    a, b = torch.cat([a for a, _ in pairs], -2), torch.cat([b for _, b in pairs], -1)
+    weight = LowRankWeight.of(ref.op.matrix(ref.store.load(ref.param)), a, b)
+    return ref.stored(weight)
+
+
+def first_tensor(args: Args, kwargs: Kwargs) -> Tensor:
+    """The module's input: its first positional argument, or its first keyword."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(x, Tensor), "a hosted module is called with a tensor first"
+    return x
+
+
+def call(base: Base, edits: Sequence[Edit], args: Args, kwargs: Kwargs) -> Any:
+    """The module's own call under the edits that are not additive."""
+    for edit in edits:
+        if isinstance(edit, ModuleEdit):
+            return edit.run(args, kwargs)
+    pairs = rebuilds(edits)
+    if not pairs:
+        return base(*args, **kwargs)
+    with substituted(pairs):
+        return base(*args, **kwargs)
+
+
+def update(edit: Edit, x: Tensor, y: Tensor, merged: bool) -> Tensor | None:
+    """One edit's contribution; `merged` tells that `y` is not the plain base's output."""
+    if isinstance(edit, Delta) and merged and edit.reads_output:
+        return edit.apart(x)
+    return edit.update(x, y)
+
+
+def is_additive(edit: Edit) -> bool:
+    """Whether this edit adds to the module's output (others change its input, its weight or its attention)."""
+    if isinstance(edit, Delta):
+        return edit.ref.bypass
+    return type(edit).update is not Edit.update
+
+
+def run(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -> Any:
+    """A hosted module's call under `state`: its prompts around everything else."""
+    groups = prompts.groups_of(host, state)
+    if not groups:
+        return run_layer(host, base, state, args, kwargs)
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return run_layer(host, base, host.plan.state, args, kwargs)
+
+    return prompts.run(host, inner, groups, args, kwargs)
+
+
+def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -> Any:
+    """A hosted module's call under the edits that are no prompts."""
+    if state.rows is not None:
+        return run_rows(host, base, state.rows, args, kwargs)
+    edits = host.edits_of(state.names)
+    if not edits:
+        return base(*args, **kwargs)
+    for edit in edits:
+        args, kwargs = edit.pre(args, kwargs)
+    out = call(base, edits, args, kwargs)
+    additive = [e for e in edits if is_additive(e)]
+    if not additive:
+        return out
+    y = out[0] if isinstance(out, tuple) else out
+    x = first_tensor(args, kwargs)
+    total = y
+    for edit in additive:
+        change = update(edit, x, y, bool(host.plan.merged))
+        if change is not None:
+            total = total + change.to(total.dtype)
+    return (total, *out[1:]) if isinstance(out, tuple) else total
+
+
+# ---------------------------------------------------------------------- mixed batches
+def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -> Any:
+    """A batch whose rows use different adapters: one base call, then each group's change on its rows.
+
+    Edits that say so (`Edit.group`) share one product over the rows of all their adapters.
+    """
+    groups = [(edits, r) for n, r in rows.groups if (edits := _row_edits(host, n))]
+    out = base(*args, **kwargs)
+    if not groups:
+        return out
+    y = out[0] if isinstance(out, tuple) else out
+    x = first_tensor(args, kwargs)
+    where = f"{type(host).__name__} {host.path!r}"
+    total = y
+    together: dict[Hashable, list[tuple[Edit, tuple[int, ...]]]] = {}
+    for edits, members in groups:
+        index = rows.index(members, x.shape[0], x.device, where)
+        own = _rerun(base, edits, index, args, kwargs, where)
+        if own is not None:
+            total = total.index_copy(0, index, own.to(total.dtype))
+        for edit in (e for e in edits if is_additive(e)):
+            key = edit.group()
+            if key is None:
+                total = _add_alone(edit, index, x, y[index] if own is None else own, total, where)
+            else:
+                together.setdefault(key, []).append((edit, members))
+    for members_of in together.values():
+        total = _add_together(members_of, rows, x, y, total, where)
+    return (total, *out[1:]) if isinstance(out, tuple) else total
+
+
+def _row_edits(host: Any, name: str) -> list[Edit]:
+    """An adapter's edits on this module; prompts and attention edits see to their rows themselves."""
+    return [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit))]
+
+
+def _rerun(base: Base, edits: Sequence[Edit], index: Tensor, args: Args, kwargs: Kwargs, where: str) -> Tensor | None:
+    """The module's call on one adapter's rows, where an edit is not additive; None where all are."""
+    others = [e for e in edits if not is_additive(e)]
+    if not others:
+        return None
+    for edit in others:
+        if not isinstance(edit, (Delta, ModuleEdit)):
+            raise MixedBatchError(f"{type(edit).__name__} at {where} cannot run on single rows of a mixed batch")
+    if len(args) + len(kwargs) != 1:
+        raise MixedBatchError(
+            f"{where} reads its weight itself and takes several inputs, so adapter_names cannot split its "
+            "batch; run the adapters one by one or leave it out of target_modules"
+        )
+    out = call(base, others, (first_tensor(args, kwargs)[index],), {})
+    y: Tensor = out[0] if isinstance(out, tuple) else out
+    return y
+
+
+def _add_alone(edit: Edit, index: Tensor, x: Tensor, y: Tensor, total: Tensor, where: str) -> Tensor:
+    """Adds one edit on its rows; `y` is the module's output on them."""
+    change = edit.update(x[index], y)
+    if change is None:
+        raise MixedBatchError(f"{type(edit).__name__} at {where} cannot run on single rows of a mixed batch")
+    return total.index_add(0, index, change.to(total.dtype).expand(y.shape))
+
+
+def _add_together(
+    members: Sequence[tuple[Edit, tuple[int, ...]]], rows: RowPlan, x: Tensor, y: Tensor, total: Tensor, where: str
+) -> Tensor:
+    """Adds the edits of several adapters in one product over all their rows."""
+    index, sizes = rows.joined([m for _, m in members], x.shape[0], x.device, where)
+    edits = [edit for edit, _ in members]
+    first = edits[0]
+    base = y if first.reads_output else None
+    if index is None:
+        return total + first.update_rows(edits, sizes, x, base).to(total.dtype)
+    change = first.update_rows(edits, sizes, x[index], None if base is None else base[index])
+    return total.index_add(0, index, change.to(total.dtype))
+
+
+def refuse_merge(edit: Edit, where: str) -> CannotMergeError:
+    return CannotMergeError(
+        f"{type(edit).__name__} at {where!r} {edit.no_merge}, so it cannot be merged; "
+        "keep the adapter beside the base (save_pretrained) instead"
+    )

@@ -1,0 +1,379 @@
+"""WHAT changes: the base classes every method is written with.
+
+An `Edit` changes one module's call. A `Delta` is an edit that changes one weight: `merged(w)` is its
+definition, `update(x, y)` an equal and faster path. A `LowRank` delta gives `factors()` and inherits the
+rest. `ModuleEdit` replaces a call, `KVEdit` sees keys and values, `PromptEdit` the model's inputs.
+
+Edits are plain objects. Their tensors live in the module tree under the names users know,
+`<module>.<tensor>.<adapter>.weight`; an edit reaches them through `Slot`s, so that whatever replaces a
+parameter (FSDP2, `.to()`, an optimiser's offload) is seen here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core.plan import Plan
+from deltatune.core.weights import WeightRef
+from deltatune.errors import AdapterNameError
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class AdapterTensors(nn.Module):
+    """`<module>.<tensor>`: one entry per adapter, a parameter, a buffer or a small module."""
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers) + len(self._modules)
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._parameters or adapter in self._buffers or adapter in self._modules
+
+    def __getitem__(self, adapter: str) -> Any:
+        """As in peft, `layer.lora_A["default"]` is `layer.lora_A.default`."""
+        if adapter not in self:
+            raise KeyError(f"no tensors of an adapter {adapter!r} here, only of {', '.join(self.keys()) or 'none'}")
+        return getattr(self, adapter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        """The adapters that have an entry."""
+        return [*self._parameters, *self._buffers, *self._modules]
+
+    def extra_repr(self) -> str:
+        return ", ".join([*self._parameters, *self._buffers])
+
+    def forward(self, x: Any) -> Any:
+        """A container that calls its children one after the other (`nn.Sequential`) calls this one too."""
+        return x
+
+
+class Leaf(nn.Module):
+    """Holds the tensors of one adapter under their leaf names (`weight`, `bias`)."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={tuple(p.shape)}" for k, p in self._parameters.items() if p is not None)
+
+
+class Slot:
+    """Where one tensor of one adapter lives.
+
+    Before `place` it holds the initial value; afterwards `weight` reads the module tree.
+
+    Args:
+        name: the tensor's name as users see it (`"lora_A"`).
+        leaf: `<name>.<adapter>.<leaf>`; None puts the tensor directly at `<name>.<adapter>`.
+        file_name: its name in a checkpoint, if that is not `<name>.<leaf>` (or `<name>` without leaf).
+        trainable: False for frozen parts, `buffer` for those that are no parameters.
+        saved: False for tensors that are not written to checkpoints.
+        derived: saved, but a file may lack it: `later` computes it then.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        value: Tensor,
+        *,
+        leaf: str | None = "weight",
+        file_name: str | None = None,
+        trainable: bool = True,
+        buffer: bool = False,
+        saved: bool = True,
+        derived: bool = False,
+    ) -> None:
+        self.name, self.leaf = name, leaf
+        self.trainable, self.buffer, self.saved = trainable and not buffer, buffer, saved
+        self.derived = derived
+        self.file_name = file_name or (name if leaf is None else f"{name}.{leaf}")
+        self.value: Tensor | None = value
+        #: gives the value that a tensor has if the file that fills it lacks it
+        self.later: Callable[[], Tensor] | None = None
+        #: what to tell someone whose file lacks it
+        self.advice = ""
+        #: the device it belongs on, for tensors created without memory
+        self.device: torch.device | None = None
+        self.holder: nn.Module = AdapterTensors()
+        self.attr = ""
+        self.key = self.file_name
+
+    @property
+    def weight(self) -> Tensor:
+        if self.value is not None:
+            return self.value
+        return getattr(self.holder, self.attr)  # type: ignore[no-any-return]
+
+    def place(self, home: nn.Module, path: str, adapter: str, tag: str = "") -> None:
+        """Registers the tensor at `home.<name>[_<tag>].<adapter>[.<leaf>]`; `path` is `home`'s path in files."""
+        assert self.value is not None
+        holder: nn.Module = container_at(home, f"{self.name}_{tag}" if tag else self.name)
+        if self.leaf is not None:
+            if adapter not in holder._modules:
+                holder.add_module(adapter, Leaf())
+            holder = holder.get_submodule(adapter)
+        self.holder, self.attr = holder, self.leaf if self.leaf is not None else adapter
+        self._register(self.value)
+        self.value = None
+        self.key = f"{path}.{self.file_name}" if path else self.file_name
+
+    def _register(self, value: Tensor) -> None:
+        if self.buffer:
+            self.holder.register_buffer(self.attr, value)
+        else:
+            self.holder.register_parameter(self.attr, nn.Parameter(value, requires_grad=self.trainable))
+
+    def fill(self, tensor: Tensor) -> None:
+        """Copies a checkpoint's tensor into place; one without memory is replaced, a sharded one gets its own part."""
+        here: Any = self.weight
+        if here.is_meta:
+            self.replace(tensor.to(self.device or tensor.device, here.dtype))
+        elif hasattr(here, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            part = distribute_tensor(tensor.to(here.device), here.device_mesh, here.placements)
+            here.copy_(part.to(here.dtype))
+        else:
+            here.copy_(tensor)
+
+    def replace(self, value: Tensor) -> None:
+        """Puts another tensor here: another shape, device or dtype (loading, rank changes)."""
+        grad = self.weight.requires_grad
+        self.holder._parameters.pop(self.attr, None)
+        self.holder._buffers.pop(self.attr, None)
+        self._register(value)
+        if not self.buffer:
+            self.weight.requires_grad_(grad)
+
+
+def container_at(home: nn.Module, name: str) -> AdapterTensors:
+    """The `AdapterTensors` at `home.<name>`, made if it is not there."""
+    found = home._modules.get(name)
+    if found is None:
+        if hasattr(home, name):
+            raise AdapterNameError(
+                f"{type(home).__name__} already has an attribute {name!r}, where an adapter's tensors would go"
+            )
+        found = AdapterTensors()
+        found.train(home.training)
+        home.add_module(name, found)
+    assert isinstance(found, AdapterTensors)
+    return found
+
+
+class Edit:
+    """A change to one module's call. Subclasses declare tensors with `self.tensor(...)` in `__init__`.
+
+    Attributes:
+        host: the module whose call is changed; set when attached.
+        slots: the tensors of this edit, in the order they were declared.
+        reads_output: whether `update` uses `y`.
+        no_merge: why an edit that is no `Delta` cannot be merged, to end a sentence with.
+    """
+
+    host: nn.Module
+    reads_output = False
+    no_merge = "changes a call and not a weight"
+    #: no tensors of its own, it follows another edit (a tied head); files may repeat that one's tensors there
+    follows = False
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+
+    def tensor(self, name: str, value: Tensor, **options: Any) -> Slot:
+        """Declares a tensor of this edit; see `Slot` for the options."""
+        slot = Slot(name, value, **options)
+        self.slots.append(slot)
+        return slot
+
+    def place(self, host: nn.Module, home: nn.Module, path: str, adapter: str, tag: str = "") -> None:
+        """Registers the tensors in the module tree under `home`."""
+        self.host = host
+        for slot in self.slots:
+            slot.place(home, path, adapter, tag)
+
+    def pre(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """What the module is called with instead; the default changes nothing."""
+        return args, kwargs
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What to add to the output `y`, given the first input `x`; None adds nothing."""
+        return None
+
+    def group(self) -> Hashable | None:
+        """In a mixed batch, edits of the same group run in one `update_rows`; None runs alone on its rows."""
+        return None
+
+    def update_rows(self, edits: Sequence[Any], sizes: Sequence[int], x: Tensor, y: Tensor | None) -> Tensor:
+        """`update` for the rows of several adapters: the first `sizes[0]` rows use `edits[0]`, and so on.
+
+        Args:
+            edits: members of this edit's group, itself the first.
+            y: the base's output on these rows; None unless `reads_output`.
+        """
+        raise NotImplementedError
+
+    def state(self) -> Iterator[tuple[str, Slot]]:
+        """The checkpoint's view: (key, slot) for every tensor that is saved."""
+        return ((slot.key, slot) for slot in self.slots if slot.saved)
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """The parameters that train when this adapter trains."""
+        return (s.weight for s in self.slots if s.trainable and isinstance(s.weight, nn.Parameter))
+
+
+class Delta(Edit):
+    """A change to one weight. `merged` is the definition; `update` must agree with it.
+
+    Attributes:
+        ref: the frozen weight.
+        reads_output: whether `update` uses `y`; then `apart` runs while another adapter is merged into the
+            base, since `y` is no longer the base's.
+        few_rows: it changes a few rows of a table, so files need not hold the table itself.
+    """
+
+    few_rows = False
+
+    def __init__(self, ref: WeightRef) -> None:
+        super().__init__()
+        self.ref = ref
+
+    def merged(self, w: Tensor) -> Tensor:
+        """The weight that the base's weight `w: (*batch, out, in)` becomes."""
+        raise NotImplementedError
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The update without the base's output at hand."""
+        w = self.ref.load()
+        return self.ref.apply(x, self.merged(w) - w)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.apart(x)
+
+
+class LowRank(Delta):
+    """`merged(w) = w + b @ a`; `factors` is all a low-rank method has to say."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`a: (*batch, r, in)` and `b: (*batch, out, r)`, scale included."""
+        raise NotImplementedError
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout on the input of `a` in training, if the method has any."""
+        return x
+
+    def merged(self, w: Tensor) -> Tensor:
+        a, b = self.factors()
+        return w + b.to(w.dtype) @ a.to(w.dtype)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.ref.factored(self.drop(x), *self.factors())
+
+    def group(self) -> Hashable | None:
+        plain = self.ref.bypass and type(self).update is LowRank.update
+        return (LowRank, self.ref.place) if plain else None
+
+    def update_rows(self, edits: Sequence[LowRank], sizes: Sequence[int], x: Tensor, y: Tensor | None) -> Tensor:
+        plan: Plan = cast(Any, self.host).plan
+        key = ("rows", *map(id, edits), x.dtype)
+        a, b = plan.remember(key, lambda: self.stack([edit.factors() for edit in edits], x.dtype))
+        return self.grouped(a, b, sizes, self.drop_rows(edits, sizes, x))
+
+    def drop_rows(self, edits: Sequence[LowRank], sizes: Sequence[int], x: Tensor) -> Tensor:
+        """Every adapter's own `drop` on its rows; `x` itself where none has any."""
+        if not self.host.training:
+            return x
+        parts: Sequence[Tensor] = torch.split(x, list(sizes))
+        dropped = [edit.drop(part) for edit, part in zip(edits, parts, strict=True)]
+        return x if all(d is p for d, p in zip(dropped, parts, strict=True)) else torch.cat(dropped)
+
+    def product_of_rows(self, pairs: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], x: Tensor) -> Tensor:
+        """One grouped product for rows of `x` that come in runs of `sizes`, one run a pair."""
+        return self.grouped(*self.stack(pairs, x.dtype), sizes, x)
+
+    def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`a: (n, r, in)` and `b: (n, out, r)` of several adapters, ranks padded to the largest."""
+        dtype = dtype if dtype.is_floating_point else self.ref.dtype
+        if len({a.shape[-2] for a, _ in pairs}) == 1:
+            return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b for _, b in pairs]).to(dtype)
+        r = max(a.shape[-2] for a, _ in pairs)
+        a = torch.stack([nn.functional.pad(a, (0, 0, 0, r - a.shape[-2])) for a, _ in pairs])
+        b = torch.stack([nn.functional.pad(b, (0, r - b.shape[-1])) for _, b in pairs])
+        return a.to(dtype), b.to(dtype)
+
+    def grouped(self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor) -> Tensor:
+        """Runs of equal length share one batched product; others get their factors row by row."""
+        n = len(sizes)
+        if n == 1:
+            return self.ref.factored(x, a[0], b[0])
+        if len(set(sizes)) == 1:
+            return self.ref.factored_rows(x.reshape(n, sizes[0], *x.shape[1:]), a, b)
+        rows = torch.tensor([i for i, k in enumerate(sizes) for _ in range(k)], device=x.device)
+        return self.ref.factored_rows(x.unsqueeze(1), a[rows], b[rows])
+
+
+class ModuleEdit(Edit):
+    """Takes over the whole call of a module (a fully trained copy, for one)."""
+
+    def run(self, args: Args, kwargs: Kwargs) -> Any:
+        raise NotImplementedError
+
+    def replacements(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """For merging: (module, leaf, tensor) that the base's tensors become."""
+        raise NotImplementedError
+
+
+class KVEdit(Edit):
+    """A change of attention, at transformers' attention function: `q, k, v` are `(B, heads, T, d)`.
+
+    Attributes:
+        bias_source: the module whose `compute_bias` gives relative position biases (T5), where the attention has any.
+    """
+
+    no_merge = "changes what attention sees and not a weight"
+    bias_source: nn.Module | None = None
+
+    def pairs(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values `(key-value heads, P, d)` that every query attends to beside the others; None for none."""
+        return None
+
+    def after(self, q: Tensor, scaling: float) -> Tensor | None:
+        """What to add to the attention's output `(B, T, heads, d)`; None adds nothing."""
+        return None
+
+
+class PromptEdit(Edit):
+    """Embeddings put before the input of one stack of the model (the module that embeds tokens).
+
+    The core widens the input, its mask and positions, and takes the prompt's positions out of the output; see
+    `deltatune.core.prompts`.
+
+    Attributes:
+        length: P, how many embeddings `prompt` gives.
+        shift: positions in front of the tokens that hold no token (those of a prefix in the attention).
+        encoder_length: how many of the encoder's states are its prompt, for a decoder that looks at them.
+        placeholder: the token id that stands where the embeddings go; None puts them in front.
+        reads_first: a classifier that reads the first position reads the prompt's first.
+        keeps_width: the prompt's positions stay in the output (an encoder's, which the decoder looks at).
+        causal, positions, offset: of the stack; see `deltatune.core.prompts.Stack`.
+    """
+
+    no_merge = "adds to the input and does not change a weight"
+    length = 0
+    shift = 0
+    encoder_length = 0
+    placeholder: int | None = None
+    reads_first = False
+    keeps_width = False
+    causal = False
+    positions: int | None = None
+    offset = 0
+
+    def prompt(self, tasks: Tensor | None) -> Tensor:
+        """The embeddings, `(P, d)`, or `(B, P, d)` where they depend on each row's entry of `tasks: (B,)`."""
+        raise NotImplementedError

@@ -1,0 +1,137 @@
+"""Files: found locally or on the hub, written whole or not at all, never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltatune.errors import AdapterLoadError
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+#: keywords of `from_pretrained` that go to huggingface_hub; others are the configuration's
+HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token", "subfolder", "repo_type")
+
+
+def split_hub_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options for the hub, the rest); `use_auth_token` is the old name of `token`."""
+    hub = {k: v for k, v in kwargs.items() if k in HUB_OPTIONS and v is not None}
+    rest = {k: v for k, v in kwargs.items() if k not in HUB_OPTIONS}
+    if "use_auth_token" in rest:
+        hub.setdefault("token", rest.pop("use_auth_token"))
+    return hub, rest
+
+
+def find_file(where: str | os.PathLike[str], name: str, *, subfolder: str | None = None, **hub: Any) -> Path:
+    """The local path of file `name` of an adapter in a directory, or on the hub.
+
+    Raises:
+        AdapterLoadError: it is in neither place; says what was looked for.
+    """
+    folder = Path(where) / (subfolder or "")
+    if (folder / name).is_file():
+        return folder / name
+    if Path(where).exists():
+        if (folder / PICKLE_NAME).is_file() and name == SAFETENSORS_NAME:
+            raise pickle_refused(folder / PICKLE_NAME)
+        raise AdapterLoadError(f"{folder} has no {name}, so it is not a saved adapter")
+    return _from_hub(os.fspath(where), name, subfolder, hub)
+
+
+def _from_hub(repo: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    hub.pop("subfolder", None)
+    try:
+        return Path(hf_hub_download(repo, name, subfolder=subfolder, **hub))
+    except HFValidationError as error:
+        raise AdapterLoadError(f"{repo!r} is neither a directory here nor a valid hub id") from error
+    except LocalEntryNotFoundError as error:
+        raise AdapterLoadError(
+            f"{repo!r} is not a directory here, and the hub could not give {name}: it cannot be reached (no network, "
+            "or HF_HUB_OFFLINE is set) and the file is not in the local cache"
+        ) from error
+    except EntryNotFoundError as error:
+        raise AdapterLoadError(f"the hub repository {repo!r} has no {name}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise AdapterLoadError(
+            f"{repo!r} is not a directory here, and the hub could not give {name}: {reason}"
+        ) from error
+
+
+def pickle_refused(path: Path) -> AdapterLoadError:
+    return AdapterLoadError(
+        f"{path} is a pickle file, which can run any code when it is read, so it is refused; convert it where you "
+        f'trust it: save_file(torch.load("{path.name}", weights_only=True), "{SAFETENSORS_NAME}") with '
+        "safetensors.torch"
+    )
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Runs `write` on a temporary name beside `path` and renames: readers see the old file or the new.
+
+    Raises:
+        OSError: nothing is left behind and the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file, atomically; every tensor gets its own copy of its numbers."""
+    content = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    seen: set[int] = set()
+    for key, tensor in content.items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            content[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    write_atomically(path, lambda p: save_file(content, p, metadata={"format": "pt", **metadata}))
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file.
+
+    Raises:
+        AdapterLoadError: not a whole safetensors file.
+    """
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise pickle_refused(path)
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {k: file.get_tensor(k) for k in list(file.keys())}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise AdapterLoadError(
+            f"{path} ({path.stat().st_size} bytes) is damaged or cut off: {error}; copy or download it again"
+        ) from error
+
+
+def read_json_metadata(metadata: Mapping[str, str], key: str) -> Any:
+    """A JSON value kept in a safetensors header; None if absent."""
+    return json.loads(metadata[key]) if key in metadata else None

@@ -1,0 +1,121 @@
+"""Hosts: a module whose class was swapped for a cached subclass of its own class.
+
+This is what `torch.nn.utils.parametrize` and FSDP2 do. Names of parameters, `isinstance` and `.weight` stay as
+they were, and there is no wrapper module and no forward hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from torch import nn
+
+from deltatune.core.combine import run
+from deltatune.core.edits import Edit
+from deltatune.core.ops import class_names
+from deltatune.core.plan import Plan
+
+#: Modules with a fused inference path that reads their children's weights and skips the children's forward.
+#: An adapter below would be a silent no-op there, so the path is switched off: class -> (attribute, value).
+FUSED_PATHS: dict[str, tuple[str, Any]] = {
+    "torch.nn.modules.transformer.TransformerEncoderLayer": ("activation_relu_or_gelu", 0),
+    "torch.nn.modules.transformer.TransformerEncoder": ("use_nested_tensor", False),
+}
+
+
+class Host:
+    """Mixed in front of a module's own class."""
+
+    path: str
+    plan: Plan
+    _edits: dict[str, tuple[Edit, ...]]
+    _plain: type[nn.Module]
+
+    def edits_of(self, names: tuple[str, ...]) -> list[Edit]:
+        """The edits of these adapters on this module, in order."""
+        edits = self._edits
+        return [e for name in names if name in edits for e in edits[name]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.__dict__.get("_inner_forward")
+        base = super().forward if inner is None else inner  # type: ignore[misc]
+        state = self.plan.state
+        if not state.names and state.rows is None:
+            return base(*args, **kwargs)
+        return run(self, base, state, args, kwargs)
+
+    forward._deltatune_host = True  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the swapped class has no importable name: pickle the plain class and swap again
+        return _rebuild, (self._plain,), self.__dict__
+
+
+def base_forward(module: nn.Module) -> Callable[..., Any]:
+    """The call of a host without any edit, for edits that make it themselves."""
+    assert isinstance(module, Host)
+    inner: Callable[..., Any] | None = module.__dict__.get("_inner_forward")
+    return inner if inner is not None else partial(module._plain.forward, module)
+
+
+def _rebuild(plain: type[nn.Module]) -> nn.Module:
+    module: Any = plain.__new__(plain)
+    module.__class__ = hosted_class(plain)
+    return cast(nn.Module, module)
+
+
+_HOSTED: dict[type, type] = {}
+
+
+def hosted_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """The hosted subclass of a module class; made once per class."""
+    if plain not in _HOSTED:
+        body = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
+        _HOSTED[plain] = type(plain.__name__, (Host, plain), body)
+    return _HOSTED[plain]
+
+
+def host(module: nn.Module, plan: Plan, path: str) -> Host:
+    """Makes `module` a host (once); `path` is its place in the model, for messages."""
+    if not isinstance(module, Host):
+        swap: Any = module
+        swap.__class__ = hosted_class(type(module))
+        state = swap.__dict__
+        if "forward" in state:  # patched on the instance, as accelerate's hooks do: adopt it
+            state["_inner_forward"] = state.pop("forward")
+        state["_edits"], state["plan"], state["path"] = {}, plan, path
+    return cast(Host, module)
+
+
+def unhost(module: nn.Module) -> None:
+    """Gives a host its own class back."""
+    assert isinstance(module, Host)
+    state = module.__dict__
+    for name in ("_edits", "plan", "path"):
+        state.pop(name)
+    if "_inner_forward" in state:
+        state["forward"] = state.pop("_inner_forward")
+    swap: Any = module
+    swap.__class__ = module._plain
+
+
+def close_fused_paths(root: nn.Module, path: str) -> None:
+    """Switches off the fused paths of the modules above `path` (see `FUSED_PATHS`)."""
+    parts = path.split(".")
+    for i in range(len(parts)):
+        parent = root.get_submodule(".".join(parts[:i]))
+        for name in class_names(type(parent)):
+            if name in FUSED_PATHS:
+                attribute, value = FUSED_PATHS[name]
+                parent.__dict__.setdefault("_fused_path", getattr(parent, attribute))
+                setattr(parent, attribute, value)
+
+
+def reopen_fused_paths(root: nn.Module) -> None:
+    """Undoes `close_fused_paths` everywhere below `root`."""
+    for module in root.modules():
+        if "_fused_path" in module.__dict__:
+            name = next(n for n in class_names(type(module)) if n in FUSED_PATHS)
+            setattr(module, FUSED_PATHS[name][0], module.__dict__.pop("_fused_path"))

@@ -1,0 +1,174 @@
+"""WeightRef = op × store × rows: one frozen weight seen as `(*batch, out, in)`.
+
+All dispatch happens when the ref is made; `load`, `factored` and the rest are straight-line code that
+`torch.compile(fullgraph=True)` accepts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltatune.core.ops import BIASED, LINEAR, ExpertsOp, LinearOp, VectorOp, can_bypass, find_op
+from deltatune.stores import find_store
+
+Rows = slice | Tensor | None
+
+
+class WeightRef:
+    """One frozen weight of one module.
+
+    Args:
+        module: the module whose call reads the weight (the host).
+        name: the parameter, relative to `module` (`"weight"`, `"in_proj_weight"`, `"out_proj.weight"`).
+        rows: the output rows this ref stands for: all (None), a slice, or an index `(n,)`.
+
+    Attributes:
+        shape: `(*batch, out, in)` of the rows.
+        bypass: whether an update can be added to the module's output; otherwise the weight is rebuilt for
+            the call.
+    """
+
+    def __init__(self, module: nn.Module, name: str = "weight", rows: Rows = None) -> None:
+        self.module, self.name, self.rows = module, name, rows
+        parent, _, self.leaf = name.rpartition(".")
+        self.owner = module.get_submodule(parent)
+        #: the base's own parameter while a merge has put another in its place
+        self.original: Tensor | None = None
+        self.store = find_store(self.param)
+        raw_shape = self.store.shape(self.param)
+        self.op, self.bypass = self._choose_op(len(raw_shape))
+        self.raw_shape = raw_shape
+        self.full_shape = self.op.matrix(torch.empty(raw_shape, device="meta")).shape
+        #: equal for two adapters' refs of the same rows of the same parameter of one module
+        self.place = (name, tuple(rows.tolist()) if isinstance(rows, Tensor) else str(rows))
+        self.shape = torch.Size([*self.full_shape[:-2], self._count_rows(), self.full_shape[-1]])
+
+    def _choose_op(self, ndim: int) -> tuple[LinearOp, bool]:
+        if self.name == "weight" and ndim > 1:
+            op = find_op(self.module)
+            return op or LINEAR, op is not None and can_bypass(self.module)
+        if ndim == 1:
+            layer = find_op(self.module, BIASED)
+            additive = self.name == "bias" and layer is not None and can_bypass(self.module, BIASED)
+            return VectorOp(layer), additive
+        if ndim == 3:
+            return ExpertsOp(len(self.param), getattr(self.module, "is_transposed", False)), False
+        return LINEAR, False
+
+    def _count_rows(self) -> int:
+        if self.rows is None:
+            return int(self.full_shape[-2])
+        if isinstance(self.rows, slice):
+            return len(range(*self.rows.indices(self.full_shape[-2])))
+        return len(self.rows)
+
+    # ------------------------------------------------------------------ the stored side
+    @property
+    def param(self) -> Tensor:
+        """The base's own parameter, also while something is merged."""
+        if self.original is not None:
+            return self.original
+        p = self.owner._parameters[self.leaf]
+        assert p is not None
+        return p
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.store.dtype(self.param)
+
+    @property
+    def device(self) -> torch.device:
+        return self.param.device
+
+    def load(self) -> Tensor:
+        """Our rows of the base's weight, `(*batch, out, in)` in float32 (float64 stays)."""
+        return self.take(self.load_full())
+
+    def load_as(self, dtype: torch.dtype) -> Tensor:
+        """Our rows in another precision; for dense weights of that dtype without a copy."""
+        return self.take(self.op.matrix(self.store.load(self.param))).to(dtype)
+
+    def load_full(self) -> Tensor:
+        """The whole weight, `(*batch, out, in)` in float32 (float64 stays)."""
+        w = self.op.matrix(self.store.load(self.param))
+        return w if w.dtype == torch.float64 else w.float()
+
+    def take(self, full: Tensor) -> Tensor:
+        """Our rows of a whole matrix."""
+        return full if self.rows is None else full[..., self.rows, :]
+
+    def put(self, full: Tensor, ours: Tensor) -> Tensor:
+        """A whole matrix with `ours` in place of our rows; differentiable in both."""
+        if self.rows is None:
+            return ours
+        index = torch.arange(full.shape[-2], device=full.device)[self.rows]
+        return full.index_copy(-2, index, ours.to(full.dtype))
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the module reads parts of the weight (experts), so that all of it should never be formed."""
+        return isinstance(self.op, ExpertsOp) and self.rows is None
+
+    def stored(self, full: Tensor) -> Tensor:
+        """A whole matrix in the layout of the parameter."""
+        return self.op.stored(full, self.raw_shape)
+
+    # ------------------------------------------------------------------ the activation side
+    def apply(self, x: Tensor, w: Tensor) -> Tensor:
+        """The module's linear map of `x` under our rows' matrix `w`, without bias; zero on other rows."""
+        y = self.op.apply(self.module, x, self._cast(w, x))
+        return self._spread(self.op.align(y, x) if isinstance(self.op, VectorOp) else y)
+
+    def factored(self, x: Tensor, a: Tensor, b: Tensor, d: Tensor | None = None) -> Tensor:
+        """`apply(x, b @ diag(d) @ a)` without forming the product; `a: (r, in)`, `b: (out, r)`, `d: (r,)`."""
+        a, b, d = self._cast(a, x), self._cast(b, x), None if d is None else self._cast(d, x)
+        return self._spread(self.op.factored(self.module, x, a, b, d))
+
+    def factored_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """As `factored`, one pair per run: `x: (N, k, …)`, `a: (N, r, in)`, `b: (N, out, r)` -> `(N·k, …)`."""
+        return self._spread(self.op.factored_rows(self.module, x, self._cast(a, x), self._cast(b, x)))
+
+    def kron(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`apply(x, a ⊗ b)` without forming the product; `a: (l, m)`, `b: (out/l, in/m)`."""
+        return self._spread(self.op.kron(self.module, x, self._cast(a, x), self._cast(b, x)))
+
+    def kron_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """As `kron` with one pair per batch row; `a: (N, l, m)`, `b: (N, out/l, in/m)`."""
+        return self._spread(self.op.kron_rows(self.module, x, self._cast(a, x), self._cast(b, x)))
+
+    def _cast(self, w: Tensor, x: Tensor) -> Tensor:
+        # the update runs in the activation's dtype, as the base layer does; indices keep the weight's
+        return w.to(x.dtype) if x.is_floating_point() else w.to(self.dtype)
+
+    def _spread(self, y: Tensor) -> Tensor:
+        """Our rows' outputs placed in the whole output, zeros elsewhere."""
+        if self.rows is None:
+            return y
+        n = self.full_shape[-2]
+        axis = 1 if self.op.align(y.new_empty(n), y).ndim > 1 else y.ndim - 1
+        if isinstance(self.rows, slice) and axis == y.ndim - 1:
+            start, stop, _ = self.rows.indices(n)
+            return F.pad(y, (start, n - stop))
+        index = torch.arange(n, device=y.device)[self.rows]
+        shape = list(y.shape)
+        shape[axis] = n
+        return y.new_zeros(shape).index_copy(axis, index, y)
+
+    def no_bias(self, y: Tensor) -> Tensor:
+        """The module's output without its bias, on our rows' outputs only (zero elsewhere)."""
+        bias = getattr(self.module, "bias", None)
+        y = y if bias is None else y - self.op.align(bias, y).to(y.dtype)
+        if self.rows is None:
+            return y
+        mask = torch.zeros(self.full_shape[-2], device=y.device, dtype=y.dtype)
+        mask[self.rows] = 1
+        return y * self.op.align(mask, y)
+
+    def align(self, v: Tensor, y: Tensor) -> Tensor:
+        """A vector over our rows, spread over the whole output and shaped to broadcast against `y`."""
+        if self.rows is not None:
+            index = torch.arange(self.full_shape[-2], device=v.device)[self.rows]
+            v = v.new_zeros(self.full_shape[-2]).index_copy(0, index, v)
+        return self.op.align(v, y)

@@ -1,0 +1,46 @@
+"""Run by test_prepare_distributed.py under torchrun: two processes with half the data each, and one with all of it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+import deltatune.inits.data as data
+import deltatune.inits.eva as eva
+from deltatune import LoraConfig, prepare_init
+from tiny import llama
+
+
+def config_of(init: str) -> LoraConfig:
+    options = {"eva_config": {"rho": 2, "tau": 1.0}} if init == "eva" else {}
+    return LoraConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"], init_lora_weights=init, **options)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(2, 60, (1, 20), generator=generator) for _ in range(4)]
+    batches = [{"input_ids": x, "labels": x} for x in rows]
+    for init in ("eva", "corda", "lora_ga"):
+        shared, alone = config_of(init), config_of(init)
+        prepare_init(llama(), shared, batches[dist.get_rank() :: 2])
+        everyone = [None, None]
+        dist.all_gather_object(everyone, {n: (s.a, s.b) for n, s in shared.prepared.items()})
+        for name, (a, b) in everyone[0].items():
+            assert torch.equal(a, everyone[1][name][0]), (init, name)
+            assert torch.equal(b, everyone[1][name][1]), (init, name)
+        data.world_size = eva.world_size = lambda: 1
+        prepare_init(llama(), alone, batches)
+        data.world_size = eva.world_size = dist.get_world_size
+        assert shared.rank_pattern == alone.rank_pattern
+        for name, start in alone.prepared.items():
+            mine = shared.prepared[name]
+            cosines = torch.nn.functional.cosine_similarity(mine.a, start.a, dim=-1).abs()
+            assert bool((cosines > 0.98).all()), (init, name, cosines)
+        if dist.get_rank() == 0:
+            print(init, "equal")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""bitsandbytes weights: every method trains over them as over their unpacked numbers, and merging refuses to round."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from deltatune import PeftModel, get_peft_model
+from deltatune.errors import DeltatuneError
+from deltatune.stores import find_store
+from laws import METHOD_NAMES, config_for
+from tiny import shake
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+BITS = {
+    "nf4": lambda: bnb.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=True),
+    "fp4": lambda: bnb.nn.Linear4bit(64, 128, compute_dtype=torch.float32, quant_type="fp4", compress_statistics=False),
+    "int8": lambda: bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(128, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.layer(x)))
+
+
+def quantised(kind: str) -> Net:
+    torch.manual_seed(0)
+    return Net(BITS[kind]()).to("cpu").eval()
+
+
+def unpacked(net: Net) -> Net:
+    """The same network with its numbers in an ordinary layer."""
+    store = find_store(net.layer.weight)
+    layer = nn.Linear(64, 128)
+    layer.weight.data = store.load(net.layer.weight).float()
+    layer.bias.data = net.layer.bias.data.float()
+    twin = Net(layer).eval()
+    twin.head = net.head
+    return twin
+
+
+def methods() -> list[str]:
+    """Those that adapt a linear layer."""
+    found = []
+    for method in METHOD_NAMES:
+        try:
+            get_peft_model(Net(nn.Linear(64, 128)), config_for(method))
+        except (DeltatuneError, AttributeError):
+            continue
+        found.append(method)
+    return [m for m in found if m != "FULL"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("method", methods())
+def test_as_over_the_unpacked_numbers(method, kind, tmp_path):
+    x = torch.randn(2, 3, 64)
+    net = quantised(kind)
+    numbers = find_store(net.layer.weight).load(net.layer.weight)
+    dense = unpacked(quantised(kind))
+    torch.manual_seed(1)
+    model = get_peft_model(net, config_for(method))
+    torch.manual_seed(1)
+    twin = get_peft_model(dense, config_for(method))
+    for m in (model, twin):
+        shake(m)
+        m.train()  # in inference the layer multiplies in bfloat16 on some processors
+    outs = []
+    for m in (model, twin):
+        torch.manual_seed(2)  # the same dropout
+        outs.append(m(x))
+        outs[-1].square().sum().backward()
+    assert torch.allclose(*outs, atol=1e-4)
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-2, rtol=1e-3) for a, b in pairs if a.requires_grad)
+    assert torch.equal(find_store(net.layer.weight).load(net.layer.weight), numbers)
+    model.save_pretrained(tmp_path)
+    model.set_requires_grad("default", False)
+    model.eval()
+    again = PeftModel.from_pretrained(quantised(kind), tmp_path)
+    assert torch.allclose(again(x), model(x), atol=1e-6)
+
+
+def test_eight_bits_train():
+    x = torch.randn(2, 3, 64)
+    net = quantised("int8")
+    base = net(x)
+    model = get_peft_model(net, config_for("LORA"))
+    assert torch.equal(model(x), base)
+    shake(model)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_merging_refuses_to_round_and_counts_are_logical(kind):
+    model = get_peft_model(quantised(kind), config_for("LORA"))
+    shake(model)
+    x = torch.randn(2, 3, 64)
+    live = model(x)
+    with pytest.raises(ValueError, match="would round the adapter away; load the base in 16 bits"):
+        model.merge_adapter()
+    assert torch.allclose(model(x), live, atol=1e-6)
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 4 * (64 + 128)
+    assert total - trainable == 64 * 128 + 128 + 128 * 5 + 5
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_numbers_read_the_same_after_inference(kind):
+    net = quantised(kind)
+    store = find_store(net.layer.weight)
+    before = store.load(net.layer.weight)
+    with torch.no_grad():
+        net(torch.randn(2, 3, 64))  # some processors repack the bytes here
+    for _ in range(2):  # their scales are bfloat16 then: 8 bits of precision
+        assert torch.allclose(store.load(net.layer.weight), before, atol=2**-7 * float(before.abs().max()))
+        net(torch.randn(2, 3, 64))

@@ -1,0 +1,134 @@
+"""Merging: what is written equals the live adapter, and nothing is written when it cannot be."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltatune.train import merging
+from deltatune.train.loading import find_target, load
+from deltatune.train.merging import merge
+from small_runs import write_base, write_run
+
+IDS = torch.tensor([[5, 9, 40, 7, 100]])
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("merge")
+    return write_run(root / "run", write_base(root / "base"))
+
+
+def test_the_written_model_is_the_live_adapter(run: Path, tmp_path: Path) -> None:
+    target = find_target(str(run))
+    done = merge(target, tmp_path / "merged")
+    live = load(target, dtype="float32").model
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, live(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+    assert done.dtype == "float32"
+    assert done.difference is not None
+    assert done.difference.max < 1e-4 < 1e-2 < done.difference.adapter_effect
+    assert done.difference.same_next_token == 1.0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "README.md"} <= names
+    assert not any(name.startswith("adapter") for name in names)
+    assert list(tmp_path.iterdir()) == [tmp_path / "merged"]  # no temporary directory is left
+
+
+def test_the_update_is_rounded_once_to_the_type_asked_for(run: Path, tmp_path: Path) -> None:
+    full = merge(find_target(str(run)), tmp_path / "full", prompts=None)
+    half = merge(find_target(str(run)), tmp_path / "half", dtype="bfloat16", prompts=None)
+    exact = load_file(tmp_path / "full" / "model.safetensors")
+    rounded = load_file(tmp_path / "half" / "model.safetensors")
+    assert all(torch.equal(rounded[key], exact[key].bfloat16()) for key in exact)
+    assert half.bytes < full.bytes
+    assert half.difference is None
+
+
+def test_the_card_says_what_was_merged(run: Path, tmp_path: Path) -> None:
+    (run / "README.md").write_text("---\nlicense: mit\n---\n# My adapter\nTrained on rows.\n")
+    merge(find_target(str(run)), tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    (run / "README.md").unlink()
+    for words in ("library_name: transformers", "LORA of rank 4", "logits differ by at most", "## My adapter"):
+        assert words in card
+    assert "license: mit" not in card  # the adapter's front matter is not the merged model's
+
+
+def test_where_nothing_may_be_written(run: Path, tmp_path: Path) -> None:
+    target = find_target(str(run))
+    for output in (run, run / "merged", Path(target.base)):
+        with pytest.raises(ValueError, match="overlap; choose another"):
+            merge(target, output, overwrite=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        merge(target, tmp_path / "notes")
+    with pytest.raises(ValueError, match="holds something that is no model"):
+        merge(target, tmp_path / "notes", overwrite=True)
+    with pytest.raises(ValueError, match="is a file"):
+        merge(target, tmp_path / "notes" / "a.txt")
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(find_target(target.base), tmp_path / "x")
+    assert (tmp_path / "notes" / "a.txt").read_text() == "mine"
+
+
+def test_an_older_model_is_replaced_only_when_asked(run: Path, tmp_path: Path) -> None:
+    target, output = find_target(str(run)), tmp_path / "merged"
+    merge(target, output, prompts=None)
+    (output / "old.txt").write_text("old")
+    with pytest.raises(ValueError, match="--overwrite"):
+        merge(target, output, prompts=None)
+    merge(target, output, prompts=None, overwrite=True)
+    assert not (output / "old.txt").exists()
+
+
+def test_a_full_disk_is_seen_before_the_first_byte(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(OSError, match=r"needs 0\.07 GB, but the disk .* has 0\.00 GB free"):
+        merge(find_target(str(run)), tmp_path / "deep" / "merged")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_merge_that_lost_the_adapter_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmerged(target, dtype, prompts, device):
+        loaded = load(target, dtype="float32")
+        before = merging._look(loaded, prompts) if prompts else None
+        return loaded.model.unload(), loaded.tokenizer, before
+
+    monkeypatch.setattr(merging, "_fold", unmerged)
+    with pytest.raises(ValueError, match=r"would lose 100% of what .*; nothing was written"):
+        merge(find_target(str(run)), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+    assert merge(find_target(str(run)), tmp_path / "merged", prompts=None).difference is None
+
+
+def test_a_write_that_fails_leaves_the_older_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, output = find_target(str(run)), tmp_path / "merged"
+    merge(target, output, prompts=None)
+    before = (output / "model.safetensors").read_bytes()
+
+    def full(self, folder, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge(target, output, prompts=None, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(write_base(tmp_path / "tied", tie_word_embeddings=True))
+    assert merging.weight_bytes(base) >= 4 * sum(p.numel() for p in base.parameters())
+    untied = AutoModelForCausalLM.from_pretrained(write_base(tmp_path / "untied"))
+    assert merging.weight_bytes(untied) - merging.weight_bytes(base) == 4 * 360 * 32
