@@ -1,9 +1,9 @@
-"""The inputs of weights, seen while the base runs."""
+"""The inputs of weights and their gradients, seen while the base runs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,43 @@ class InputWatch:
             if self.leader[spot.name] == spot.name:
                 self._alive.append((weakref.ref(x), spot))
         return self.leader[spot.name]
+
+
+class GradientWatch:
+    """Calls `see(id of a parameter, its gradient in float32)` as soon as backward has it, and frees it then.
+
+    Args:
+        root: the model; while it is watched nothing else in it gets a gradient, or the memory for one.
+        params: the parameters to watch; one that is used twice in a call has one gradient.
+    """
+
+    def __init__(self, root: nn.Module, params: Iterable[Tensor], see: Callable[[int, Tensor], None]) -> None:
+        self.root, self.params, self.see = root, {id(p): p for p in params}, see
+
+    def __enter__(self) -> GradientWatch:
+        self._before = [(p, p.requires_grad) for p in (*self.root.parameters(), *self.params.values())]
+        self._handles = []
+        for param, _ in self._before:
+            param.requires_grad_(id(param) in self.params)
+        for key, param in self.params.items():
+            register: Any = param.register_post_accumulate_grad_hook
+            self._handles.append(register(self._hook(key)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for param, flag in self._before:
+            param.requires_grad_(flag)
+
+    def _hook(self, key: int) -> Callable[[Tensor], None]:
+        def hook(param: Tensor) -> None:
+            grad = param.grad
+            assert grad is not None
+            param.grad = None
+            self.see(key, (grad.to_dense() if grad.is_sparse else grad).detach().float())
+
+        return hook
 
 
 def _refuse_unwatchable(spot: Spot) -> None:

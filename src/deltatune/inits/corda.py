@@ -24,7 +24,7 @@ from deltatune.inits import Request, Start, options_of, register_init
 from deltatune.inits._watch import InputWatch, Spot, attention_mask_of, rows_of
 from deltatune.inits.data import (
     COLLECTORS,
-    Collector,
+    PairCollector,
     as_base,
     check_file_name,
     collector_for,
@@ -95,7 +95,7 @@ def components(w: Tensor, c: Tensor, r: int, smallest: bool) -> tuple[Tensor, Te
     return u[:, part], s[part], vt[part] @ inverse
 
 
-class CordaCollector(Collector):
+class CordaCollector(PairCollector):
     """Covariances of every distinct input: the mean over calls of Xᵀ X, X scaled to a largest entry of 1."""
 
     def __init__(self, model: nn.Module, config: Any) -> None:

@@ -1,12 +1,13 @@
-"""Starts that need data: run a few batches through the base first, then attach the adapter.
+"""A few batches first: the one way in which inits and methods learn from data before the adapter is attached.
 
-    config = LoraConfig(init_lora_weights="lora_ga", ...)      # or "eva", "corda"
+    config = LoraConfig(init_lora_weights="lora_ga", ...)      # or "eva", "corda"; or FishMaskConfig(...)
     prepare_init(model, config, batches)
     model = get_peft_model(model, config)
 
-`prepare_init` watches the base (inputs of the adapted weights, or their gradients), computes every pair and leaves
-the pairs in `config.prepared`; nothing in the model changes. An init of this kind is a `Collector` registered in
-`COLLECTORS`; peft's own names for these steps are functions beside each.
+`prepare_init` watches the base (inputs of the adapted weights, or their gradients), computes what the adapter starts
+with (pairs of factors, masks) and leaves it in `config.prepared`; nothing in the model changes. Whatever learns so is a
+`Collector` registered in `COLLECTORS`, under the name of an init or of a method; peft's own names for these steps are
+functions beside each.
 """
 
 from __future__ import annotations
@@ -69,26 +70,35 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
 
 # ---------------------------------------------------------------------- the one way
 class Collector(abc.ABC):
-    """Learns from the base's runs what the pairs of an init start as.
+    """Learns from a model's runs what an adapter starts as.
 
     Args:
         model: the base, or a PeftModel. config: the method's configuration.
 
     Attributes:
-        root: the base. spots: its weights that get pairs.
+        root: the base.
     """
 
     #: whether runs go backward too
     backward = False
 
     def __init__(self, model: nn.Module, config: Any) -> None:
-        self.root, self.config, self.spots = base_of(model)[0], config, spots_of(model, config)
+        self.root, self.config = base_of(model)[0], config
+
+    @property
+    def title(self) -> str:
+        """What learns, for messages and progress bars."""
+        return f"init {self.config.init_name!r}"
+
+    def running(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """What runs: the plain base, unless a method looks at its own adapter."""
+        return as_base(model)
 
     @abc.abstractmethod
     def watch(self) -> contextlib.AbstractContextManager[Any]:
-        """Observes the base while the body runs it."""
+        """Observes the model while the body runs it."""
 
-    def on_file(self) -> dict[str, Start] | None:
+    def on_file(self) -> dict[str, Any] | None:
         """The starts that an earlier run has left in a file that the options name; then no data is needed."""
         return None
 
@@ -101,15 +111,27 @@ class Collector(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def finish(self) -> dict[str, Start]:
-        """path of a weight -> what its pair starts as; may change the configuration (ranks).
+    def finish(self) -> Any:
+        """path of a weight -> what its pair (or mask) starts as; may change the configuration (ranks).
 
         Raises:
             ConfigError: the data were not enough.
         """
 
 
-#: init -> how it learns
+class PairCollector(Collector):
+    """Learns the pairs of an init.
+
+    Attributes:
+        spots: the base's weights that get pairs.
+    """
+
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        super().__init__(model, config)
+        self.spots = spots_of(model, config)
+
+
+#: name of an init, or of a method -> how it learns
 COLLECTORS: dict[str, type[Collector]] = {}
 
 
@@ -123,14 +145,15 @@ def prepare_init(
     max_batches: int | None = None,
     progress: bool = True,
 ) -> int:
-    """Runs batches through the base for an init that starts from data; call it before `get_peft_model`.
+    """Runs batches through the base for what starts from data; call it before `get_peft_model`.
 
     Args:
         model: the base, or a PeftModel whose base is meant.
-        config: its `init_lora_weights` is "eva", "corda" or "lora_ga"; the pairs are left in it.
+        config: its `init_lora_weights` is "eva", "corda" or "lora_ga", or its method looks at data (FishMask); what
+            was learnt is left in it.
         batches: what the model is called with, a few dozen; training data, shuffled.
         forward: (model, batch) -> anything; default `model(**batch)`, `model(*batch)` or `model(batch)`.
-        loss: (model, batch) -> scalar, for inits that need gradients; default the output's `loss`.
+        loss: (model, batch) -> scalar, where gradients are needed; default the output's `loss`.
         max_batches: stop after so many.
         progress: show a bar.
 
@@ -138,7 +161,7 @@ def prepare_init(
         how many batches were used.
 
     Raises:
-        ConfigError: the init needs no data, a weight cannot be watched, or there were too few batches.
+        ConfigError: nothing in it needs data, a weight cannot be watched, or there were too few batches.
     """
     collector = collector_for(model, config)
     if finish(collector, collector.on_file()):
@@ -159,24 +182,23 @@ def run_batches(
     max_batches: int | None = None,
     progress: bool = True,
 ) -> int:
-    """Runs `step(base, batch)` over batches while the collector watches; returns how many there were.
+    """Runs `step(model, batch)` over batches while the collector watches; returns how many there were.
 
     Raises:
         ConfigError: there was none.
     """
-    name = collector.config.init_name
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     used = 0
-    with as_base(model) as base, collector.watch(), torch.set_grad_enabled(collector.backward):
-        for batch in track(batches, f"{name} init", show=progress, total=max_batches):
+    with collector.running(model) as runs, collector.watch(), torch.set_grad_enabled(collector.backward):
+        for batch in track(batches, collector.title, show=progress, total=max_batches):
             batch = to_device(batch, device)
             collector.expect(batch)
-            step(base, batch)
+            step(runs, batch)
             used += 1
             if collector.satisfied or used == max_batches:
                 break
     if not used:
-        raise ConfigError(f"init {name!r} starts from data, and there is no batch")
+        raise ConfigError(f"{collector.title} starts from data, and there is no batch")
     return used
 
 
@@ -189,16 +211,14 @@ def collector_for(model: nn.Module, config: Any, only: str = "") -> Collector:
     name = getattr(config, "init_name", "")
     if only and name != only:
         raise ConfigError(f"this needs a LoraConfig with init_lora_weights={only!r}, not {name!r}")
-    kind = COLLECTORS.get(name)
+    kind = COLLECTORS.get(name) or COLLECTORS.get(str(config.method))
     if kind is None:
-        raise ConfigError(
-            f"init_lora_weights={getattr(config, 'init_lora_weights', None)!r} needs no data; those that do are "
-            f"{', '.join(sorted(COLLECTORS))}"
-        )
+        what = f"init_lora_weights={config.init_lora_weights!r}" if name else type(config).__name__
+        raise ConfigError(f"{what} needs no data; what does is {', '.join(sorted(COLLECTORS))}")
     return kind(model, config)
 
 
-def finish(collector: Collector, starts: dict[str, Start] | None) -> bool:
+def finish(collector: Collector, starts: Any) -> bool:
     """Leaves the starts in the configuration; False if there are none."""
     if starts is not None:
         collector.config.prepared = starts
@@ -261,9 +281,11 @@ def check_file_name(option: str, path: str | None) -> None:
 
 
 def needs_data(config: Any) -> bool:
-    """Whether a configuration's init starts from data that it has not seen yet."""
+    """Whether a configuration starts from data that it has not seen yet."""
     name = getattr(config, "init_name", "")
-    return bool(name) and find_init(name)[0].needs_data and config.prepared is None
+    if name and find_init(name)[0].needs_data:
+        return config.prepared is None
+    return str(config.method) in COLLECTORS and config.prepared is None and not config.settled
 
 
 # ---------------------------------------------------------------------- running

@@ -23,7 +23,7 @@ from deltatune.inits._pca import RunningPca
 from deltatune.inits._watch import InputWatch, Spot, attention_mask_of, rows_of
 from deltatune.inits.data import (
     COLLECTORS,
-    Collector,
+    PairCollector,
     gathered,
     prepared_start,
     world_size,
@@ -100,7 +100,7 @@ class EvaHooks:
 
 
 # ---------------------------------------------------------------------- collecting
-class EvaCollector(Collector):
+class EvaCollector(PairCollector):
     """Running components of every distinct input."""
 
     def __init__(self, model: nn.Module, config: Any, hooks: EvaHooks | None = None) -> None:

@@ -9,8 +9,7 @@ version multiplies by singular values and is not this method).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +20,10 @@ from torch import Tensor, nn
 from deltatune.core.files import read_tensors, write_tensors
 from deltatune.errors import ConfigError, hint
 from deltatune.inits import Request, Start, options_of, register_init
-from deltatune.inits._watch import Spot
+from deltatune.inits._watch import GradientWatch, Spot
 from deltatune.inits.data import (
     COLLECTORS,
-    Collector,
+    PairCollector,
     as_base,
     check_file_name,
     collector_for,
@@ -104,7 +103,7 @@ def factor_scale(spot: Spot, options: LoraGAConfig) -> float:
     return float((values / spot.scale).sqrt().mean())
 
 
-class GradientCollector(Collector):
+class GradientCollector(PairCollector):
     """Average gradients of the weights; each is taken and freed as soon as backward has it."""
 
     backward = True
@@ -132,34 +131,12 @@ class GradientCollector(Collector):
                 "precision"
             )
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        params = {id(s.ref.param): s.ref.param for s in self.spots}
-        before = [(p, p.requires_grad) for p in (*self.root.parameters(), *params.values())]
-        handles = []
-        try:
-            for param, _ in before:  # nothing else needs a gradient, or the memory for it
-                param.requires_grad_(id(param) in params)
-            for key, param in params.items():
-                register: Any = param.register_post_accumulate_grad_hook
-                handles.append(register(self._keep(key)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for param, flag in before:
-                param.requires_grad_(flag)
+    def watch(self) -> GradientWatch:
+        return GradientWatch(self.root, (s.ref.param for s in self.spots), self._keep)
 
-    def _keep(self, key: int) -> Callable[[Tensor], None]:
-        def keep(param: Tensor) -> None:
-            grad = param.grad
-            assert grad is not None
-            grad = (grad.to_dense() if grad.is_sparse else grad).detach().float()
-            self.sums[key] = self.sums[key] + grad if key in self.sums else grad
-            self.calls[key] = self.calls.get(key, 0) + 1
-            param.grad = None
-
-        return keep
+    def _keep(self, key: int, grad: Tensor) -> None:
+        self.sums[key] = self.sums[key] + grad if key in self.sums else grad
+        self.calls[key] = self.calls.get(key, 0) + 1
 
     def gradients(self) -> dict[str, Tensor]:
         """path -> the mean gradient in the layout of its parameter, over all processes.

@@ -35,10 +35,9 @@ from deltatune.errors import ConfigError
 from deltatune.inits import Request, find_init
 from deltatune.inits import start as start_of
 from deltatune.inits._watch import attention_mask_of
-from deltatune.inits.data import Forward, call_model, to_device
+from deltatune.inits.data import Collector, Forward, call_model, run_batches
 from deltatune.methods._fields import check_input_dropout
 from deltatune.methods.lora import LoraConfig
-from deltatune.progress import track
 from deltatune.state import find_adapters
 
 Pair = tuple[Slot, Slot]
@@ -204,21 +203,18 @@ def output_importance(
         ConfigError: there was no batch, or the adapter changes nothing yet (B is zero before training).
     """
     meter = Meter(find_adapters(model), adapter_name)
-    device = next(p.device for p in model.parameters())
-    with meter.watching(), torch.no_grad():
-        for n, batch in enumerate(track(batches, "importance", show=progress, total=max_batches), 1):
-            meter.mask = attention_mask_of(batch)
-            (forward or call_model)(model, to_device(batch, device))
-            if n == max_batches:
-                break
-    return meter.importance()
+    run_batches(model, meter, batches, forward or call_model, max_batches=max_batches, progress=progress)
+    return meter.finish()
 
 
-class Meter:
+class Meter(Collector):
     """The mean of ‖ΔW x‖² over tokens, for every weight of one adapter."""
+
+    title = "the importance of layers"
 
     def __init__(self, adapters: AdapterSet, name: str) -> None:
         adapters.check(name)
+        super().__init__(adapters.root, adapters.configs[name])
         self.adapters, self.name = adapters, name
         self.deltas = {str(d.host.path): d for d in adapters.deltas(name) if not isinstance(d.ref.op, VectorOp)}
         for path, delta in self.deltas.items():
@@ -228,8 +224,14 @@ class Meter:
         #: (B, T), True where a position counts
         self.mask: Tensor | None = None
 
+    def running(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        return contextlib.nullcontext(model)
+
+    def expect(self, batch: Any) -> None:
+        self.mask = attention_mask_of(batch)
+
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watch(self) -> Iterator[None]:
         """Measures while the body runs the model, in evaluation mode and with the adapter active."""
         active = self.adapters.plan.active
         training = [m for m in self.adapters.root.modules() if m.training]
@@ -268,12 +270,10 @@ class Meter:
             return mask.to(size.device).view(size.shape)
         return torch.ones_like(size)
 
-    def importance(self) -> Importance:
+    def finish(self) -> Importance:
         """The means, normalised over the layers of one kind."""
         kinds = self._kinds()
         means = {path: g / (self.counts[path] or 1.0) for path, g in self.sums.items()}
-        if not any(self.counts.values()):
-            raise ConfigError("importance is measured on batches, and there is none")
         totals: dict[str, float] = {}
         for path, g in means.items():
             totals[kinds[path]] = totals.get(kinds[path], 0.0) + g
