@@ -26,6 +26,8 @@ from deltatune.errors import ConfigError
 #: (batch rows or None for all, the prompts that run there)
 Groups = list[tuple[tuple[int, ...] | None, list[PromptEdit]]]
 IGNORED_PADDING = ("token_type_ids",)
+#: what a call's (and an output's) keys and values are called: since transformers 5.24, and before
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def groups_of(host: Any, state: State) -> Groups:
@@ -111,9 +113,14 @@ def bind(host: Any, args: Args, kwargs: Kwargs) -> Kwargs:
     return {k: v for k, v in given.items() if v is not None}
 
 
+def cache_of(call: Any) -> Any:
+    """The keys and values that a call, or an output, carries; None without any."""
+    return next((call[name] for name in CACHE_NAMES if call.get(name) is not None), None)
+
+
 def cached(call: Kwargs) -> int:
     """How many positions the cache holds already."""
-    cache = call.get("past_key_values")
+    cache = cache_of(call)
     length = cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
     return int(length)
 
@@ -343,7 +350,7 @@ def strip(out: Any, width: int, p: int, first: bool) -> Any:
     if isinstance(out, tuple):
         return tuple(_strip_value(v, width, p, first and i == 0, False) for i, v in enumerate(out))
     for name, value in list(out.items()):
-        if name != "past_key_values":
+        if name not in CACHE_NAMES:
             out[name] = _strip_value(value, width, p, first and name == "last_hidden_state", name == "cross_attentions")
     return out
 

@@ -27,6 +27,8 @@ from deltatune.errors import ConfigError
 from deltatune.inits import is_loading
 
 FILE_NAME = "prompt_embeddings"
+#: what a table of positions calls the length of the cache: since transformers 5.24, and before
+LENGTH_NAMES = ("cache_length", "past_key_values_length")
 #: task -> what the class of a model for it is called
 TASK_CLASSES = {
     TaskType.CAUSAL_LM: ("CausalLM", "LMHead", "ConditionalGeneration"),
@@ -188,7 +190,8 @@ class PositionShift(Edit):
         call = bind(self.host, args, kwargs)
         if "position_ids" in call:
             return (), {**call, "position_ids": call["position_ids"] + self.shift}
-        return (), {**call, "past_key_values_length": call.get("past_key_values_length", 0) + self.shift}
+        name = next(n for n in LENGTH_NAMES if takes(self.host, n))
+        return (), {**call, name: call.get(name, 0) + self.shift}
 
 
 class PrefixPairs(KVEdit):
@@ -212,7 +215,7 @@ def shifts(stack: Stack, length: int) -> list[tuple[Site, list[Edit]]]:
     if takes(stack.module, "position_ids"):
         return made
     for name, module in base_modules(stack.module):
-        if name.rpartition(".")[2] == "embed_positions" and takes(module, "past_key_values_length"):
+        if name.rpartition(".")[2] == "embed_positions" and any(takes(module, n) for n in LENGTH_NAMES):
             made.append((Site(f"{stack.path}.{name}" if stack.path else name, None), [PositionShift(length)]))
     return made
 

@@ -25,6 +25,7 @@ from deltatune.core.adapters import adapters_of
 from deltatune.core.combine import refuse_merge
 from deltatune.core.edits import Args, Edit, Kwargs, LowRank, ModuleEdit
 from deltatune.core.hosts import base_forward
+from deltatune.core.prompts import cache_of
 from deltatune.core.sites import Site
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError, MixedBatchError
@@ -123,7 +124,7 @@ def without_cache(model: nn.Module, kwargs: Kwargs) -> Kwargs:
     Raises:
         ConfigError: the call brings a cache.
     """
-    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+    if cache_of(kwargs) is not None or kwargs.get("use_cache"):
         raise ConfigError("several runs of one call cannot share a cache; pass use_cache=False (to generate too)")
     takes = inspect.signature(base_forward(model)).parameters
     return {**kwargs, "use_cache": False} if "use_cache" in takes else kwargs

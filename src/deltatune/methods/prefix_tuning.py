@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltatune.config import register
 from deltatune.core.edits import Edit
-from deltatune.core.prompts import Stack, only
+from deltatune.core.prompts import Stack, cache_of, only
 from deltatune.core.sites import Site
 from deltatune.errors import ConfigError, hint
 from deltatune.methods._prompts import (
@@ -253,6 +253,6 @@ def initialize_kv_prefix_from_text(
     return initialize_kv_prefix_from_past_key_values(
         model,
         adapter_name=adapter_name,
-        past_key_values=out.past_key_values,
+        past_key_values=cache_of(out),
         num_virtual_tokens=num_virtual_tokens,
     )
