@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltatune import get_peft_model, get_peft_model_state_dict
 from laws import config_for
+from ranks import leave
 
 
 class Block(nn.Module):
@@ -83,7 +84,7 @@ def main(parallel: str, folder: Path, methods: list[str]) -> None:
             assert all(t.shape == wanted[k].shape for k, t in tensors.items())
         if rank == 0:
             print(f"{method} equal", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

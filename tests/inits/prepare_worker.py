@@ -8,6 +8,7 @@ import torch.distributed as dist
 import deltatune.inits.data as data
 import deltatune.inits.eva as eva
 from deltatune import LoraConfig, prepare_init
+from ranks import leave
 from tiny import llama
 
 
@@ -39,7 +40,7 @@ def main() -> None:
             assert bool((cosines > 0.98).all()), (init, name, cosines)
         if dist.get_rank() == 0:
             print(init, "equal")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
