@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deltatune.core.edits import Edit
     from deltatune.core.sites import Site
     from deltatune.core.weights import WeightRef
+    from deltatune.schedules.base import Procedure
 
 CONFIG_NAME = "adapter_config.json"
 #: the release of Hugging Face peft whose file format and field names we follow
@@ -233,6 +234,10 @@ class PeftConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{os.fspath(path_json_file)} holds no JSON object")
         return {**values, **kwargs}
+
+    def procedures(self) -> list[Procedure]:
+        """The training procedures that belong to the method (see `deltatune.schedules`); most have none."""
+        return []
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,15 @@ from deltatune.core.adapters import AdapterSet
 from deltatune.core.copies import ValueDelta
 from deltatune.core.edits import Edit, LowRank
 from deltatune.core.ops import VectorOp
+from deltatune.core.sharded import part_like, whole
 from deltatune.core.sites import Site
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError, hint
 from deltatune.methods._fields import check_input_dropout
 from deltatune.methods.lora import LoraConfig
+
+if TYPE_CHECKING:
+    from deltatune.schedules.base import Procedure
 
 #: the tensor of a site by whose name `rank_pattern` files its mask (peft's files)
 MASKED = "lora_E"
@@ -68,18 +72,20 @@ class AdaLoraDelta(LowRank):
     def mask(self, keep: Tensor) -> None:
         """Sets E to zero where `keep: (r,)` is False. What is masked still gets gradients and may come back."""
         e = self.lora_E.weight
-        e.masked_fill_(~keep.to(e.device).view(-1, 1), 0.0)
+        e.mul_(part_like(keep.to(e.dtype).view(-1, 1), e))
 
     @torch.no_grad()
     def shrink(self, keep: Tensor) -> None:
         """Drops the triplets where `keep: (r,)` is False; new parameters, so an optimiser must not hold the old."""
         for slot, axis in ((self.lora_A, -2), (self.lora_E, -2), (self.lora_B, -1)):
+            if hasattr(slot.weight, "device_mesh"):
+                raise ConfigError("triplets cannot be dropped while FSDP2 holds parts of them; gather the model first")
             index = keep.to(slot.weight.device).nonzero().flatten()
             slot.replace(slot.weight.detach().index_select(axis, index))
 
     def penalty(self) -> list[Tensor]:
         """‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ (Frobenius), which orthogonal factors make zero."""
-        a, b = self.lora_A.weight, self.lora_B.weight
+        a, b = whole(self.lora_A.weight), whole(self.lora_B.weight)
         grams = (a @ a.mT, b.mT @ b)
         return [torch.linalg.matrix_norm(g - torch.eye(g.shape[-1], device=g.device, dtype=g.dtype)) for g in grams]
 
@@ -95,7 +101,7 @@ class AdaLoraConfig(LoraConfig):
         deltaT: steps between two allocations of the budget.
         beta1, beta2: smoothing of the sensitivity and of its uncertainty.
         orth_reg_weight: weight of `orthogonality` in the loss.
-        total_step: optimiser steps of the whole training; must be given.
+        total_step: optimiser steps of the whole training; None takes them from the trainer (or `attach`).
         rank_pattern: `<path>.lora_E` -> which triplets are kept, once the budget is final.
 
     Raises:
@@ -156,12 +162,32 @@ class AdaLoraConfig(LoraConfig):
             warnings.warn("AdaLoRA does not use r; the rank it starts with is init_r", stacklevel=3)
         self._check_schedule()
 
+    def for_total(self, steps: int) -> None:
+        """Takes over how many optimiser steps the training has.
+
+        Raises:
+            ConfigError: they leave no step for pruning.
+        """
+        before, self.total_step = self.total_step, steps
+        try:
+            self._check_schedule()
+        except ConfigError:
+            self.total_step = before
+            raise
+
+    def procedures(self) -> list[Procedure]:
+        from deltatune.schedules.adalora import AdaLora
+
+        return [AdaLora()]
+
     def _check_schedule(self) -> None:
-        if not isinstance(self.total_step, int) or self.total_step < 1:
-            raise ConfigError("AdaLoRA needs total_step, the number of optimiser steps of the whole training")
         for name in ("tinit", "tfinal"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.total_step is None:
+            return
+        if not isinstance(self.total_step, int) or self.total_step < 1:
+            raise ConfigError(f"total_step must be a whole number of at least 1, not {self.total_step!r}")
         if self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 f"tinit={self.tinit} and tfinal={self.tfinal} leave no step of total_step={self.total_step} in which "

@@ -1,0 +1,41 @@
+"""WHEN it changes: training procedures, one file each. Importing this registers all.
+
+    model = get_peft_model(base, LoraConfig(...))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = attach(model, optimizer, ReLora(cycle=500), total_steps=5000)     # once, before the loop
+    ...                                                                          # the loop as it was
+    schedule.finish()                                                            # once, after it
+
+A procedure acts inside `optimizer.step()`, through the optimiser's own hooks. So whatever the loop does around the
+step (gradient accumulation, loss scaling, clipping, activation checkpointing, sharding) it sees what the optimiser
+sees: the gradients of a whole step, unscaled, and nothing at all for a step that was skipped.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from deltatune.schedules.attach import Attached, attach, mark
+from deltatune.schedules.base import PROCEDURES, Procedure, Rate, Run, Schedule, find_procedure, procedure
+
+for _found in iter_modules(__path__):
+    import_module(f"{__name__}.{_found.name}")
+
+from deltatune.schedules.adalora import AdaLora  # noqa: E402
+from deltatune.schedules.lora_plus import LoraPlus  # noqa: E402
+from deltatune.schedules.relora import ReLora  # noqa: E402
+
+__all__ = [
+    "PROCEDURES",
+    "AdaLora",
+    "Attached",
+    "LoraPlus",
+    "Procedure",
+    "Rate",
+    "ReLora",
+    "Run",
+    "Schedule",
+    "attach",
+    "find_procedure",
+    "mark",
+    "procedure",
+]

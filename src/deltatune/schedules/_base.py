@@ -1,0 +1,120 @@
+"""What procedures do to the base itself: train it in place, fold an adapter in, save what has become of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core.adapters import LOW_PRECISION, AdapterSet, adapters_of
+from deltatune.core.combine import fold
+from deltatune.core.edits import Delta, Edit
+from deltatune.core.merge import evaluating
+from deltatune.core.sites import base_modules, base_parameters
+from deltatune.errors import ConfigError
+from deltatune.schedules.base import Run
+
+#: name of the adapter that exists only while a changed base is written
+_WRITING = "written"
+
+
+def where(delta: Delta) -> str:
+    """The name of a delta's weight in the base."""
+    path = getattr(delta.host, "path", "")
+    return f"{path}.{delta.ref.name}" if path else delta.ref.name
+
+
+def deltas_of(run: Run, procedure: str) -> list[Delta]:
+    """The deltas that a procedure folds into the base.
+
+    Raises:
+        ConfigError: there is none, one has no equivalent weight, or the base could not take it without damage.
+    """
+    if run.adapters is None or not run.adapter:
+        raise ConfigError(f"{procedure} folds an adapter into the base, and this model has none; use get_peft_model")
+    if run.adapters.plan.merged:
+        raise ConfigError(
+            f"adapter {run.adapters.plan.merged[0]!r} is merged, so {procedure} cannot change the base; call "
+            "unmerge_adapter() first"
+        )
+    deltas = [e for e in run.edits() if isinstance(e, Delta)]
+    for delta in deltas:
+        if not delta.ref.store.exact:
+            raise ConfigError(
+                f"{procedure} folds the adapter into the base over and over, and {where(delta)!r} is stored quantised, "
+                "so each time would round it away: load the base in 16 or 32 bits, or train plain LoRA on it"
+            )
+        if delta.ref.dtype in LOW_PRECISION and delta.ref.dtype != torch.bfloat16:
+            raise ConfigError(
+                f"{procedure} folds the adapter into the base over and over, and float16 overflows and rounds; load the "
+                "base with dtype=float32 (or bfloat16)"
+            )
+    return deltas
+
+
+@torch.no_grad()
+def fold_in(deltas: Sequence[Delta]) -> None:
+    """Adds the deltas to the base's weights for good, in float32; the parameters stay the same objects."""
+    groups: dict[tuple[int, str], list[Delta]] = {}
+    for delta in deltas:
+        groups.setdefault((id(delta.ref.owner), delta.ref.leaf), []).append(delta)
+    with evaluating(deltas):
+        for group in groups.values():
+            param = group[0].ref.param
+            param.copy_(fold(group).to(param.dtype))
+
+
+def rest_of(root: nn.Module, edits: Iterable[Edit]) -> dict[str, Tensor]:
+    """The base's own parameters that no delta of an adapter stands for: embeddings, norms, the head."""
+    taken = {id(e.ref.param) for e in edits if isinstance(e, Delta)}
+    return {name: p for name, p in base_parameters(root) if id(p) not in taken and p.is_floating_point()}
+
+
+def changed(run: Run, procedure: str) -> None:
+    """Notes that the base is no longer what it was, so that nobody takes it for the plain one."""
+    if run.adapters is not None:
+        run.adapters.base_changed = procedure
+
+
+def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, fold: str = "", task: Any = None) -> None:
+    """Writes the modules that hold these tensors as an adapter of method FULL: they load on the base as it was.
+
+    Whole values are kept and not differences, so that nothing is rounded.
+
+    Args:
+        tensors: the base's parameters that have changed. fold: name of an adapter to fold in before, if any.
+    """
+    from deltatune.methods.full import FullConfig
+    from deltatune.state import get_peft_model_state_dict, write_adapter
+
+    wanted = {id(t) for t in tensors}
+    paths = [path for path, m in base_modules(root) if any(id(p) in wanted for p in m._parameters.values())]
+    if not paths:
+        raise ConfigError("the run has changed nothing yet, so there is nothing to save")
+    found = adapters_of(root)
+    adapters = found if found is not None else AdapterSet(root)
+    flags = [(p, p.requires_grad) for p in root.parameters()]
+    if fold:
+        adapters.merge([fold])
+    try:
+        adapters.add(FullConfig(target_modules=paths, task_type=task), _WRITING)
+        tensors_of = get_peft_model_state_dict(root, adapter_name=_WRITING)
+        write_adapter(adapters, _WRITING, folder, {_prefixed(k): t for k, t in tensors_of.items()})
+    finally:
+        if _WRITING in adapters.configs:
+            adapters.delete(_WRITING)
+        if fold:
+            adapters.unmerge([fold])
+        if found is None:
+            adapters.remove_all()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _prefixed(key: str) -> str:
+    from deltatune.core.checkpoint import PREFIX
+
+    return key if key.startswith(PREFIX) else PREFIX + key

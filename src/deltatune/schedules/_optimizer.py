@@ -1,0 +1,79 @@
+"""What procedures do to an optimiser's state: forget it, or prune its moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deltatune.core.sharded import part_like, whole
+from deltatune.errors import ConfigError
+
+Reset = Literal["zero", "random", "magnitude"]
+
+
+def forget(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
+    """Frees the optimiser's state of these parameters; it makes a new one when they train again."""
+    for p in params:
+        optimizer.state.pop(p, None)
+
+
+def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the state's tensors that have the parameter's shape: Adam's m and v."""
+    for key, value in optimizer.state.get(param, {}).items():
+        if isinstance(value, Tensor) and value.shape == param.shape and value.ndim:
+            yield key, value
+
+
+def check_prunable(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], how: Reset) -> None:
+    """Part of the moments can be pruned only where they are numbers.
+
+    Raises:
+        ConfigError: they are kept in 8 bits.
+    """
+    for p in params:
+        if how != "zero" and any(not value.is_floating_point() for _, value in moments(optimizer, p)):
+            raise ConfigError(
+                f"reset={how!r} prunes the optimiser's moments, and {type(optimizer).__name__} keeps them in 8 bits: "
+                "use reset='zero', or an optimiser with 32-bit state"
+            )
+
+
+def prune(
+    optimizer: torch.optim.Optimizer, params: Iterable[Tensor], how: Reset, share: float, generator: torch.Generator
+) -> None:
+    """Sets a share of the optimiser's moments to zero.
+
+    Args:
+        how: all of them; random ones; the smallest of each tensor.
+        share: of the entries that become zero, for the last two.
+    """
+    for p in params:
+        for _, value in moments(optimizer, p):
+            if not value.is_floating_point():  # 8 bits have no code for "nothing yet": begin anew
+                forget(optimizer, [p])
+                break
+            keep = _kept(whole(value), how, share, generator)
+            value.mul_(part_like(keep.to(value.dtype), value))
+
+
+def _kept(value: Tensor, how: Reset, share: float, generator: torch.Generator) -> Tensor:
+    if how == "zero":
+        return torch.zeros_like(value)
+    if how == "random":
+        return (torch.rand(value.shape, generator=generator) >= share).to(value.device)
+    size = value.abs().flatten()
+    dropped = size.argsort(stable=True)[: int(share * len(size))]
+    return torch.ones_like(size).index_fill_(0, dropped, 0.0).view(value.shape)
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Runs the body with random numbers of its own; equal in all processes, and none of the run's are used up."""
+    devices: list[Any] = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
