@@ -198,7 +198,7 @@ class PeftModel(nn.Module):
             raise
         self.base_model = BaseTuner(model)
         self.load_report: LoadReport | None = None
-        _describe(peft_config, model)
+        describe(peft_config, model)
         adapters.activate(adapter_name)
         if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             self.activation_checkpointing_enable()
@@ -338,7 +338,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Attaches another adapter, of any method. It trains (unless `inference_mode`) but is not active."""
         self.adapters.add(peft_config, adapter_name, float32=autocast_adapter_dtype, meta=low_cpu_mem_usage)
-        _describe(peft_config, self.base_model.model)
+        describe(peft_config, self.base_model.model)
 
     def set_adapter(self, adapter_name: Names, inference_mode: bool | None = None) -> None:
         """Activates one adapter, or several whose changes add up.
@@ -587,7 +587,7 @@ def _loading_options(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return split_hub_options(kwargs)
 
 
-def _describe(config: PeftConfig, model: nn.Module) -> None:
+def describe(config: PeftConfig, model: nn.Module) -> None:
     """Fills in where the base came from."""
     if config.base_model_name_or_path is None:
         name = getattr(model, "name_or_path", None) or getattr(model, "_name_or_path", None)

@@ -93,8 +93,7 @@ def test_loads_without_memory(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"total_step": None}, "needs total_step"),
-        ({"total_step": 0}, "needs total_step"),
+        ({"total_step": 0}, "total_step must be"),
         ({"total_step": 10, "tinit": 6, "tfinal": 4}, "leave no step"),
         ({"tinit": -1}, "tinit must not be negative"),
         ({"init_r": 0}, "init_r must be"),

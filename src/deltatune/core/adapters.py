@@ -48,6 +48,8 @@ class AdapterSet:
         self.configs: dict[str, PeftConfig] = {}
         self.edits: dict[str, list[Edit]] = {}
         self.merged = merge.Merged()
+        #: what has changed the base's own weights, if anything did: there is no plain base to run then
+        self.base_changed = ""
         self._undo: dict[str, Callable[[], None]] = {}
         root.__dict__[ATTRIBUTE] = self
 
@@ -248,7 +250,16 @@ class AdapterSet:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Runs the body as the plain base, whatever is active or merged."""
+        """Runs the body as the plain base, whatever is active or merged.
+
+        Raises:
+            ConfigError: a training procedure has changed the base itself.
+        """
+        if self.base_changed:
+            raise ConfigError(
+                f"{self.base_changed} has changed the base's own weights, so the plain base is not here any more; load "
+                "it again to compare with it"
+            )
         with self.plan.disabled(), self.merged.base_in_place():
             yield
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +48,8 @@ def deltas_of(run: Run, procedure: str) -> list[Delta]:
             )
         if delta.ref.dtype in LOW_PRECISION and delta.ref.dtype != torch.bfloat16:
             raise ConfigError(
-                f"{procedure} folds the adapter into the base over and over, and float16 overflows and rounds; load the "
-                "base with dtype=float32 (or bfloat16)"
+                f"{procedure} folds the adapter into the base over and over, and float16 overflows and rounds; load "
+                "the base with dtype=float32 (or bfloat16)"
             )
     return deltas
 
@@ -79,15 +78,16 @@ def changed(run: Run, procedure: str) -> None:
         run.adapters.base_changed = procedure
 
 
-def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, fold: str = "", task: Any = None) -> None:
+def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adapter: str = "") -> None:
     """Writes the modules that hold these tensors as an adapter of method FULL: they load on the base as it was.
 
     Whole values are kept and not differences, so that nothing is rounded.
 
     Args:
-        tensors: the base's parameters that have changed. fold: name of an adapter to fold in before, if any.
+        tensors: the base's parameters that have changed. adapter: one to fold in before, if any.
     """
     from deltatune.methods.full import FullConfig
+    from deltatune.peft_model import describe
     from deltatune.state import get_peft_model_state_dict, write_adapter
 
     wanted = {id(t) for t in tensors}
@@ -97,17 +97,21 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, fold
     found = adapters_of(root)
     adapters = found if found is not None else AdapterSet(root)
     flags = [(p, p.requires_grad) for p in root.parameters()]
-    if fold:
-        adapters.merge([fold])
+    config = FullConfig(target_modules=paths)
+    if adapter:
+        known = adapters.configs[adapter]
+        config.base_model_name_or_path, config.task_type = known.base_model_name_or_path, known.task_type
+        adapters.merge([adapter])
+    describe(config, root)
     try:
-        adapters.add(FullConfig(target_modules=paths, task_type=task), _WRITING)
+        adapters.add(config, _WRITING)
         tensors_of = get_peft_model_state_dict(root, adapter_name=_WRITING)
         write_adapter(adapters, _WRITING, folder, {_prefixed(k): t for k, t in tensors_of.items()})
     finally:
         if _WRITING in adapters.configs:
             adapters.delete(_WRITING)
-        if fold:
-            adapters.unmerge([fold])
+        if adapter:
+            adapters.unmerge([adapter])
         if found is None:
             adapters.remove_all()
         for p, flag in flags:

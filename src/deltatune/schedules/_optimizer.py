@@ -45,19 +45,23 @@ def check_prunable(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], h
 def prune(
     optimizer: torch.optim.Optimizer, params: Iterable[Tensor], how: Reset, share: float, generator: torch.Generator
 ) -> None:
-    """Sets a share of the optimiser's moments to zero.
+    """Sets a share of the optimiser's moments to zero, the same entries of all moments of a parameter.
+
+    The authors' code prunes m and v apart. An entry that keeps its m and loses its v then moves by m / epsilon, as the
+    gradient of A is exactly zero while B is; so both go together here.
 
     Args:
-        how: all of them; random ones; the smallest of each tensor.
+        how: all of them; random ones; those whose first moment is smallest, by tensor.
         share: of the entries that become zero, for the last two.
     """
     for p in params:
-        for _, value in moments(optimizer, p):
-            if not value.is_floating_point():  # 8 bits have no code for "nothing yet": begin anew
-                forget(optimizer, [p])
-                break
-            keep = _kept(whole(value), how, share, generator)
-            value.mul_(part_like(keep.to(value.dtype), value))
+        found = [value for _, value in moments(optimizer, p)]
+        if any(not value.is_floating_point() for value in found):  # 8 bits have no code for "nothing yet": begin anew
+            forget(optimizer, [p])
+        elif found:
+            keep = _kept(whole(found[0]), how, share, generator)
+            for value in found:
+                value.mul_(part_like(keep.to(value.dtype), value))
 
 
 def _kept(value: Tensor, how: Reset, share: float, generator: torch.Generator) -> Tensor:

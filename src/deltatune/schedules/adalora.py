@@ -40,6 +40,10 @@ class AdaLora(Procedure):
     summary: ClassVar[str] = "the rank budget of AdaLoRA moves to the weights where it matters"
     paper: ClassVar[str] = "arXiv 2303.10512"
 
+    def check_total(self, total: int, config: Any = None) -> None:
+        if isinstance(config, AdaLoraConfig):
+            config.for_total(total)
+
     def start(self, run: Run) -> Schedule:
         config = run.adapters.configs[run.adapter] if run.adapters is not None and run.adapter else None
         if not isinstance(config, AdaLoraConfig):
@@ -47,7 +51,9 @@ class AdaLora(Procedure):
                 "procedure 'adalora' allots the triplets of an AdaLoRA adapter; use method ADALORA (AdaLoraConfig)"
             )
         if config.rank_pattern:
-            raise ConfigError("this AdaLoRA adapter's ranks are final already (rank_pattern); train it without a budget")
+            raise ConfigError(
+                "this AdaLoRA adapter's ranks are final already (rank_pattern); train it without a budget"
+            )
         total = run.total if run.total is not None else config.total_step
         if total is None:
             raise ConfigError(
@@ -136,7 +142,9 @@ class AdaLoraSchedule(Schedule):
         order = torch.cat([s.cpu() for s in scores.values()]).argsort(descending=True, stable=True)
         alive = torch.zeros(len(order), dtype=torch.bool)
         alive[order[:keep]] = True
-        for delta, part in zip(self.deltas.values(), alive.split([len(s) for s in scores.values()]), strict=True):
+        for delta, part in zip(
+            self.deltas.values(), torch.split(alive, [len(s) for s in scores.values()]), strict=True
+        ):
             delta.mask(part)
 
     # ------------------------------------------------------------------ checkpoints and the end

@@ -47,6 +47,8 @@ def attach(
     chosen = _all(procedures, adapters, name)
     if not chosen:
         raise ConfigError("there is no procedure to attach, and the adapter's method brings none; name one")
+    for procedure in chosen if total_steps is not None else ():
+        procedure.check_total(total_steps or 0, adapters.configs.get(name) if adapters is not None else None)
     mark(model, *procedures, adapter_name=adapter_name)
     _add_missing(root, plain)
     run = Run(root, adapters, name, plain, total_steps, seed)
@@ -272,4 +274,4 @@ class Attached:
     def save(self, folder: str | Path) -> bool:
         """Writes what the run has made as an adapter for the base it started from, where a procedure has changed the
         base itself; False where nothing but the adapter has changed and `save_pretrained` does."""
-        return any([schedule.save(Path(folder)) for schedule in self.schedules.values()])
+        return any(schedule.save(Path(folder)) for schedule in self.schedules.values())

@@ -142,8 +142,18 @@ class Procedure:
     def mark(self, root: nn.Module, adapters: AdapterSet | None, adapter: str) -> None:
         """Makes everything trainable that trains at some time, so that an optimiser made afterwards has it."""
 
+    def check_total(self, total: int, config: Any = None) -> None:
+        """Whether a run of so many optimiser steps can be; asked before anything is loaded.
+
+        Args:
+            config: the adapter's configuration.
+
+        Raises:
+            ConfigError: it cannot; with the nearest number that works.
+        """
+
     def start(self, run: Run) -> Schedule:
-        """The schedule of a run.
+        """The schedule of a run; `check_total` was asked already if the total is known.
 
         Raises:
             ConfigError: the model, the adapter or the number of steps does not go with it.

@@ -82,7 +82,9 @@ class ReLora(Procedure):
         if self.prune is not None:
             check_number("prune", self.prune, 0, 1)
             if self.reset == "zero":
-                raise ConfigError("prune is a share of the moments, and reset='zero' drops all; use random or magnitude")
+                raise ConfigError(
+                    "prune is a share of the moments, and reset='zero' drops all; use random or magnitude"
+                )
         check_number("warm_start_rate", self.warm_start_rate, 0)
         check_number("min_ratio", self.min_ratio, 0, 1)
         if self.restart_warmup >= self.cycle:
@@ -111,13 +113,14 @@ class ReLora(Procedure):
         for delta in deltas:
             if not isinstance(delta, LoraDelta) or delta.start is not None:
                 raise ConfigError(
-                    f"ReLoRA re-draws a plain LoRA, and the adapter at {where(delta)!r} is another; use LoraConfig with "
-                    "init_lora_weights=True or 'gaussian'"
+                    f"ReLoRA re-draws a plain LoRA, and the adapter at {where(delta)!r} is another; use LoraConfig "
+                    "with init_lora_weights=True or 'gaussian'"
                 )
         config: Any = run.adapters.configs[run.adapter] if run.adapters is not None else None
         if find_init(config.init_name)[0].needs_data or find_init(config.init_name)[0].freezes_b:
             raise ConfigError(f"ReLoRA draws the pair anew; init {config.init_name!r} cannot be drawn, use True")
-        self._check_total(run)
+        if self.curve == "cosine":
+            run.need_total("curve='cosine'")
         if any(d.ref.dtype in LOW_PRECISION for d in deltas):
             warnings.warn(
                 "ReLoRA folds into a bfloat16 base, whose 8 bits round small changes away; dtype=float32 keeps them",
@@ -125,14 +128,12 @@ class ReLora(Procedure):
             )
         return ReLoraSchedule(run, self, deltas)
 
-    def _check_total(self, run: Run) -> None:
-        if self.curve == "cosine":
-            run.need_total("curve='cosine'")
-        if run.total is not None and self.warm_start + self.cycle >= run.total:
-            rest = run.total - self.warm_start
+    def check_total(self, total: int, config: Any = None) -> None:
+        if self.warm_start + self.cycle >= total:
+            rest = total - self.warm_start
             fix = f"use cycle={max(rest // 4, 1)}" if rest > 1 else "train longer"
             raise ConfigError(
-                f"cycle={self.cycle} after warm_start={self.warm_start} steps leaves no restart in a run of {run.total} "
+                f"cycle={self.cycle} after warm_start={self.warm_start} steps leaves no restart in a run of {total} "
                 f"steps; {fix}"
             )
 
@@ -245,7 +246,5 @@ class ReLoraSchedule(Schedule):
         return {"restarts": cycles, "max_rank": (cycles + 1) * max(d.r for d in self.deltas)}
 
     def save(self, folder: Path) -> bool:
-        assert self.run.adapters is not None
-        task = self.run.adapters.configs[self.run.adapter].task_type
-        write_changed(self.run.root, self.base_tensors().values(), folder, self.run.adapter, task)
+        write_changed(self.run.root, self.base_tensors().values(), folder, self.run.adapter)
         return True

@@ -49,6 +49,9 @@ class Recipe(Spec):
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="Load the base quantised.")
     attn_implementation: str | None = None
     method: dict[str, Any] = Field(description="`peft_type` and the fields of that method's config class.")
+    procedure: dict[str, Any] | None = Field(
+        None, description="`name` and the options of a training procedure (relora, lora_plus, lisa, …)."
+    )
     data: DataSpec
     train: TrainSpec = Field(default_factory=lambda: TrainSpec.model_validate({}))
     eval: EvalSpec = Field(default_factory=lambda: EvalSpec.model_validate({}))
@@ -59,6 +62,13 @@ class Recipe(Spec):
     @classmethod
     def _known_method(cls, value: dict[str, Any]) -> dict[str, Any]:
         return check_method(value)
+
+    @field_validator("procedure")
+    @classmethod
+    def _known_procedure(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        from deltatune.schedules import find_procedure
+
+        return None if value is None else {**value, "name": find_procedure(value).name}
 
     @property
     def run_dir(self) -> Path:
@@ -261,7 +271,8 @@ def _is_free(key: str) -> bool:
         field = model.model_fields.get(part)
         if field is None:
             return False
-        if typing.get_origin(field.annotation) is dict:
+        kinds = [typing.get_origin(kind) for kind in (field.annotation, *typing.get_args(field.annotation))]
+        if dict in kinds:
             return True
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return False

@@ -25,7 +25,15 @@ METRICS = {
     "perplexity": "perplexity",
 }
 #: what a run leaves for people to look at
-FILES = ("adapter_model.safetensors", "metrics.jsonl", "metrics.csv", "loss.png", "README.md", "recipe.yaml")
+FILES = (
+    "adapter_model.safetensors",
+    "metrics.jsonl",
+    "metrics.csv",
+    "loss.png",
+    "ranks.png",
+    "README.md",
+    "recipe.yaml",
+)
 WIDE = 30  # losses that fall by more than this factor are drawn on a logarithmic scale
 SHOWN_TEXT = 160  # characters of a prompt or an answer in a table
 

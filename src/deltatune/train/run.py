@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class RunResult:
         seconds: of the training steps alone, those before a resume included.
         peak_memory: bytes; of the accelerator if there is one, else of the process.
         adapter_bytes: size of the weights file.
+        procedures: what training procedures tell, by name.
     """
 
     name: str
@@ -56,6 +57,7 @@ class RunResult:
     adapter_bytes: int
     data: str = ""
     best_step: int | None = None
+    procedures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +114,8 @@ class _Run:
         trainer.save_final(self.directory)
         after = self.measure_after()
         result = self.collect(trainer, before, after)
+        for part in trainer.procedures:
+            part.attached.draw(self.directory)
         self.report(result)
         write_json(self.directory / RESULTS, result.to_json())  # last: it says that the run is finished
         return result
@@ -134,10 +138,23 @@ class _Run:
         self.data: Data = prepare_data(self.recipe, self.tokenizer)
         self.say(f"Data: {self.data.examples.describe}")
         self.check_evaluation()
+        self.procedures = self.check_procedures()
         self.base = load_base(self.recipe, self.resolved)
         check_length(self.recipe, self.data, self.base)
         check_apart(self.recipe, self.base)
         self.measurer = Measurer(self.recipe, self.tokenizer, self.data.examples, self.console)
+
+    def check_procedures(self) -> list[Any]:
+        """What happens over time, in a run of this many steps; the method's own procedures are checked too."""
+        from deltatune import get_peft_config
+        from deltatune.schedules import find_procedure
+        from deltatune.train.arguments import total_steps
+
+        chosen = [find_procedure(self.recipe.procedure)] if self.recipe.procedure else []
+        config = get_peft_config({"task_type": self.recipe.task, **self.recipe.method})
+        for procedure in [*chosen, *config.procedures()]:
+            procedure.check_total(total_steps(self.recipe.train, len(self.data.rows)), config)
+        return chosen
 
     def check_evaluation(self) -> None:
         if self.recipe.train.eval_strategy != "no" and not self.data.examples.eval:
@@ -195,12 +212,15 @@ class _Run:
     def callbacks(self) -> list[Any]:
         from transformers import EarlyStoppingCallback
 
+        from deltatune.schedules.attach import implied
         from deltatune.train import callbacks
+        from deltatune.train.procedures import ProcedureCallback
 
         spec = self.recipe.train
         self.progress = callbacks.ProgressCallback(self.console)
         self.measurer.pause = self.progress.paused
         chosen: list[Any] = [
+            *([ProcedureCallback(*self.procedures)] if self.procedures or implied(self.model) else []),
             callbacks.Stopwatch(),
             callbacks.DivergenceCallback(),
             callbacks.MetricsCallback(self.directory, as_csv="csv" in spec.logging),
@@ -269,6 +289,7 @@ class _Run:
             adapter_bytes=weights.stat().st_size,
             data=self.data.examples.describe,
             best_step=trainer.state.best_global_step if self.recipe.train.load_best else None,
+            procedures={name: told for part in trainer.procedures for name, told in part.report.items()},
         )
 
     def report(self, result: RunResult) -> None:

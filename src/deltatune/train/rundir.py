@@ -176,7 +176,7 @@ def _clear(directory: Path) -> None:
     for checkpoint in list_checkpoints(directory):
         shutil.rmtree(checkpoint)
     shutil.rmtree(directory / "tensorboard", ignore_errors=True)
-    written = ("adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "loss.png")
+    written = ("adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "loss.png", "ranks.png")
     for name in (*STATES, *written, "metrics.jsonl", "metrics.csv", "samples.jsonl"):
         (directory / name).unlink(missing_ok=True)
 

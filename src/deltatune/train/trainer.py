@@ -27,9 +27,13 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LabelSmoother, LengthGroupedSampler
 
+from deltatune.core.sharded import fill
+from deltatune.core.sites import base_parameters
 from deltatune.errors import ConfigError
+from deltatune.schedules.attach import implied
 from deltatune.train.data import IGNORE, Collator, Encoded, pack
 from deltatune.train.files import staged_directory
+from deltatune.train.procedures import ProcedureCallback, read_schedule
 
 CHECKPOINT = "checkpoint-"
 TRAINER_STATE = "trainer_state.json"
@@ -100,6 +104,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
+        # An adapter whose method has a procedure (AdaLoRA's budget) trains with it, asked for or not.
+        own: list[Any] = list(kwargs.get("callbacks") or [])
+        if implied(model) and not any(isinstance(part, ProcedureCallback) for part in own):
+            kwargs["callbacks"] = [ProcedureCallback(), *own]
         if getattr(model, "is_quantized", False):
             # The parent refuses quantised models without adapters and knows only peft's class by type.
             model._hf_peft_config_loaded = True
@@ -200,6 +208,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         for part in [*self.callback_handler.callbacks, self.control]:
             if isinstance(part, ExportableState):
                 self.state.stateful_callbacks[type(part).__name__] = part.state()
+            if isinstance(part, ProcedureCallback):
+                part.write(directory)
         self.state.save_to_json(str(directory / TRAINER_STATE))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -214,7 +224,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             CheckpointSaveError: it could not be written; the checkpoints are untouched.
         """
         try:
-            self._save(str(directory))
+            if not any(part.attached is not None and part.attached.save(directory) for part in self.procedures):
+                self._save(str(directory))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise _save_error(directory / "adapter_model.safetensors", error) from error
 
@@ -249,6 +260,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             ConfigError: some of what trains is not in checkpoints (a prompt's encoder), so nothing could be exact.
         """
         left_out = unsaved(self.model)
+        if left_out and self.procedures:
+            kept = read_schedule(Path(resume_from_checkpoint))["base"]
+            root = self.model.get_base_model()
+            held = {id(p) for name, p in base_parameters(root) if name in kept}
+            left_out = [name for name in left_out if id(self.model.get_parameter(name)) not in held]
         if left_out:
             raise ConfigError(
                 f"{left_out[0]} trains but is not kept in checkpoints, so this run cannot be resumed exactly; start it "
@@ -257,7 +273,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         load_adapter_weights(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_adapter_weights(self.model, Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        load_adapter_weights(self.model, best)
+        self._load_base(best)
+
+    @property
+    def procedures(self) -> list[ProcedureCallback]:
+        """The callbacks that run training procedures."""
+        return [part for part in self.callback_handler.callbacks if isinstance(part, ProcedureCallback)]
+
+    def _load_base(self, checkpoint: Path) -> None:
+        """What procedures had made of the base's own weights by a checkpoint."""
+        own = dict(base_parameters(self.model.get_base_model()))
+        for _ in self.procedures[:1]:
+            for name, value in read_schedule(checkpoint)["base"].items():
+                fill(own[name], value)
 
     def is_over(self, checkpoint: Path, steps: int, patience: int | None) -> bool:
         """Whether the run that wrote `checkpoint` had nothing left to train.
@@ -277,7 +307,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._load_callback_state()
         self._note_best(checkpoint)
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        load_adapter_weights(self.model, Path(best) if best else checkpoint)
+        load_adapter_weights(self.model, checkpoint)
+        for part in self.procedures:
+            self.create_optimizer()
+            part.start(self.args, self.model, self.optimizer, self.state.max_steps)
+            assert part.attached is not None
+            part.attached.load_state_dict(read_schedule(checkpoint))
+        if best:
+            self._load_best_model()
+        for part in self.procedures:
+            part.finish()
 
 
 def load_adapter_weights(model: Any, directory: Path) -> None:
