@@ -153,7 +153,12 @@ class BaseTuner(nn.Module):
         return self.adapters.remove_all()
 
     def unload(self) -> nn.Module:
-        """The plain base, bit for bit as it was before any adapter."""
+        """The plain base, bit for bit as it was before any adapter.
+
+        Raises:
+            ConfigError: a training procedure has changed the base itself.
+        """
+        self.adapters.check_base()
         self.adapters.unmerge()
         return self.adapters.remove_all()
 

@@ -20,6 +20,7 @@ from deltatune.train.procedures import ProcedureCallback
 from deltatune.train.recipe import build_recipe
 from deltatune.train.run import train
 from schedule_runs import PROCEDURES, STEPS, Loop, batches, largest_difference, model_for, options_of, weights
+from tiny import llama
 
 NAMES = list(PROCEDURES)
 #: sums in another order: the largest difference of any weight after 12 steps (they move by up to 0.1); a large epsilon
@@ -45,7 +46,7 @@ def recipe_for(name, folder, model_dir, **train_section):
 
 
 def test_the_shipped_procedures_are_there():
-    assert {"adalora", "lora_plus", "relora"} <= set(NAMES)
+    assert {"adalora", "full_then_lora", "lisa", "lora_plus", "relora"} <= set(NAMES)
 
 
 # ---------------------------------------------------------------------- three ways
@@ -135,7 +136,7 @@ def test_what_a_run_has_made_loads_on_the_base_as_it_was(name, tmp_path):
     loop.schedule.finish()
     if not loop.schedule.save(tmp_path):
         loop.model.save_pretrained(tmp_path)
-    base = model_for(name).unload()
+    base = llama(num_hidden_layers=4, initializer_range=0.1)
     loaded = PeftModel.from_pretrained(base, tmp_path)
     x = batches()[0]["input_ids"]
     with torch.no_grad():

@@ -86,6 +86,8 @@ class AdapterSet:
             self._attach(name, site, edits, float32)
         self.merged.tell(self.deltas(name))
         self.set_requires_grad(name, not config.inference_mode)
+        if any(edit.changes_base for edit in self.edits[name]):
+            self.base_changed = f"adapter {name!r}"
 
     def check_new_name(self, name: str) -> None:
         """Raises AdapterNameError for a name that is taken or cannot be one."""
@@ -255,13 +257,17 @@ class AdapterSet:
         Raises:
             ConfigError: a training procedure has changed the base itself.
         """
+        self.check_base()
+        with self.plan.disabled(), self.merged.base_in_place():
+            yield
+
+    def check_base(self) -> None:
+        """Raises ConfigError if the plain base is not here any more."""
         if self.base_changed:
             raise ConfigError(
                 f"{self.base_changed} has changed the base's own weights, so the plain base is not here any more; load "
-                "it again to compare with it"
+                "it again"
             )
-        with self.plan.disabled(), self.merged.base_in_place():
-            yield
 
     def set_requires_grad(self, names: str | Sequence[str], value: bool) -> None:
         """Makes the adapters' parameters train, or not; says nothing about what runs."""

@@ -71,6 +71,30 @@ class ModuleCopy(ModuleEdit):
                     yield originals[path], name, tensor
 
 
+class InPlace(ModuleEdit):
+    """A module that trains itself: no copy, no memory beside it, and no plain base to go back to."""
+
+    changes_base = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        for name, param in module._parameters.items():
+            if param is not None:
+                self.slots.append(CopySlot(module, name, name, buffer=False))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                self.slots.append(CopySlot(module, name, name, buffer=True))
+
+    def run(self, args: Args, kwargs: Kwargs) -> Any:
+        from deltatune.core.hosts import base_forward
+
+        return base_forward(self.host)(*args, **kwargs)
+
+    def replacements(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        return iter(())  # it is in place already
+
+
 def copy_module(module: nn.Module) -> nn.Module:
     """A copy of a module as the base has it: its own class, and none of the adapters in it."""
     from deltatune.core.edits import AdapterTensors

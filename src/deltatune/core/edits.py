@@ -179,6 +179,8 @@ class Edit:
     host: nn.Module
     reads_output = False
     no_merge = "changes a call and not a weight"
+    #: it trains the base's own tensors
+    changes_base = False
     #: no tensors of its own, it follows another edit (a tied head); files may repeat that one's tensors there
     follows = False
 

@@ -21,6 +21,8 @@ for _found in iter_modules(__path__):
     import_module(f"{__name__}.{_found.name}")
 
 from deltatune.schedules.adalora import AdaLora  # noqa: E402
+from deltatune.schedules.full_then_lora import FullThenLora  # noqa: E402
+from deltatune.schedules.lisa import Lisa  # noqa: E402
 from deltatune.schedules.lora_plus import LoraPlus  # noqa: E402
 from deltatune.schedules.relora import ReLora  # noqa: E402
 
@@ -28,6 +30,8 @@ __all__ = [
     "PROCEDURES",
     "AdaLora",
     "Attached",
+    "FullThenLora",
+    "Lisa",
     "LoraPlus",
     "Procedure",
     "Rate",

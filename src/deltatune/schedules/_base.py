@@ -14,7 +14,9 @@ from deltatune.core.edits import Delta, Edit
 from deltatune.core.merge import evaluating
 from deltatune.core.sites import base_modules, base_parameters
 from deltatune.errors import ConfigError
+from deltatune.schedules._optimizer import forget
 from deltatune.schedules.base import Run
+from deltatune.stores import find_store
 
 #: name of the adapter that exists only while a changed base is written
 _WRITING = "written"
@@ -76,6 +78,56 @@ def changed(run: Run, procedure: str) -> None:
     """Notes that the base is no longer what it was, so that nobody takes it for the plain one."""
     if run.adapters is not None:
         run.adapters.base_changed = procedure
+
+
+class FullFirst:
+    """All weights of the base train for the first steps while the adapter waits; then they freeze and it trains.
+
+    Args:
+        steps: how many; 0 is none. rest: base's parameters that go on training afterwards.
+    """
+
+    def __init__(self, run: Run, steps: int, rest: Iterable[Tensor] = ()) -> None:
+        self.run, self.steps = run, steps
+        self.base = {n: p for n, p in base_parameters(run.root) if p.is_floating_point()}
+        self.free = {id(p) for p in rest}
+        self.pair = [p for e in run.edits() for p in e.trainable()]
+
+    @property
+    def going(self) -> bool:
+        """Whether the step under way is one of them."""
+        return self.run.step < self.steps
+
+    def choose(self) -> None:
+        """Sets what trains now."""
+        if self.steps:
+            for p in self.base.values():
+                p.requires_grad_(self.going or id(p) in self.free)
+            for p in self.pair:
+                p.requires_grad_(not self.going)
+
+    def after_step(self) -> bool:
+        """After the last of them: switches, and frees the optimiser's state of what has become frozen."""
+        if not self.steps or self.run.step != self.steps:
+            return False
+        self.choose()
+        forget(self.run.optimizer, [p for p in self.base.values() if not p.requires_grad])
+        return True
+
+
+def check_trainable(run: Run, procedure: str, names: Iterable[str] | None = None) -> None:
+    """Weights that train in place must be numbers.
+
+    Raises:
+        ConfigError: the base is stored quantised.
+    """
+    wanted = None if names is None else set(names)
+    for name, p in base_parameters(run.root):
+        if (wanted is None or name in wanted) and not find_store(p).exact:
+            raise ConfigError(
+                f"{procedure} trains the base's own weights, and {name!r} is stored quantised: load the base in 16 "
+                "or 32 bits, or train an adapter on it"
+            )
 
 
 def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adapter: str = "") -> None:

@@ -49,7 +49,10 @@ def attach(
         raise ConfigError("there is no procedure to attach, and the adapter's method brings none; name one")
     for procedure in chosen if total_steps is not None else ():
         procedure.check_total(total_steps or 0, adapters.configs.get(name) if adapters is not None else None)
+    trained = {id(p) for p in root.parameters() if p.requires_grad}
     mark(model, *procedures, adapter_name=adapter_name)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        _check_ddp(model, chosen, trained)
     _add_missing(root, plain)
     run = Run(root, adapters, name, plain, total_steps, seed)
     return Attached(run, {p.name: p.start(run) for p in chosen})
@@ -94,6 +97,25 @@ def _all(procedures: Sequence[Procedure], adapters: AdapterSet | None, name: str
         raise ConfigError(f"procedure {doubled!r} is given twice")
     own = adapters.configs[name].procedures() if adapters is not None and name else []
     return [*(p for p in own if p.name not in names), *procedures]
+
+
+def _check_ddp(model: nn.parallel.DistributedDataParallel, procedures: Sequence[Procedure], trained: set[int]) -> None:
+    """DDP averages the gradients of what trained when it was made, and waits for all of them.
+
+    Raises:
+        ConfigError: it would not see a parameter, or wait for one that sleeps.
+    """
+    if any(p.requires_grad and id(p) not in trained for p in model.parameters()):
+        raise ConfigError(
+            "the procedure trains parameters that were frozen when DDP was made, so their gradients would not be "
+            "averaged: call mark(model, procedure) before DistributedDataParallel"
+        )
+    asleep = [p.name for p in procedures if p.switches]
+    if asleep and not model.find_unused_parameters:
+        raise ConfigError(
+            f"procedure {asleep[0]!r} lets parameters sleep, and DDP would wait for them: make it with "
+            "find_unused_parameters=True (ddp_find_unused_parameters=True in a Trainer)"
+        )
 
 
 def _add_missing(root: nn.Module, optimizer: torch.optim.Optimizer) -> None:

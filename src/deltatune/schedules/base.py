@@ -139,6 +139,11 @@ class Procedure:
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
+    @property
+    def switches(self) -> bool:
+        """Whether what trains changes during the run, which DDP must be told."""
+        return False
+
     def mark(self, root: nn.Module, adapters: AdapterSet | None, adapter: str) -> None:
         """Makes everything trainable that trains at some time, so that an optimiser made afterwards has it."""
 

@@ -31,8 +31,17 @@ from deltatune.errors import ConfigError
 from deltatune.inits import Request, find_init
 from deltatune.inits import start as start_of
 from deltatune.methods.lora import LoraDelta
-from deltatune.schedules._base import changed, deltas_of, fold_in, rest_of, where, write_changed
-from deltatune.schedules._optimizer import Reset, check_prunable, forget, prune, seeded
+from deltatune.schedules._base import (
+    FullFirst,
+    changed,
+    check_trainable,
+    deltas_of,
+    fold_in,
+    rest_of,
+    where,
+    write_changed,
+)
+from deltatune.schedules._optimizer import Reset, check_prunable, prune, seeded
 from deltatune.schedules.base import Procedure, Rate, Run, Schedule, check_number, check_whole, procedure
 
 #: shares of the moments that become zero, where nobody says otherwise (the paper's 0.999; the authors' advice, 0.9)
@@ -96,6 +105,10 @@ class ReLora(Procedure):
             raise ConfigError("first_warmup belongs to curve='cosine'; with 'given' it is the scheduler's own warm-up")
 
     @property
+    def switches(self) -> bool:
+        return self.warm_start > 0
+
+    @property
     def share(self) -> float:
         """Of the moments that become zero at a restart."""
         return SHARES[self.reset] if self.prune is None else self.prune
@@ -116,6 +129,8 @@ class ReLora(Procedure):
                     f"ReLoRA re-draws a plain LoRA, and the adapter at {where(delta)!r} is another; use LoraConfig "
                     "with init_lora_weights=True or 'gaussian'"
                 )
+        if self.warm_start:
+            check_trainable(run, "ReLoRA's warm start")
         config: Any = run.adapters.configs[run.adapter] if run.adapters is not None else None
         if find_init(config.init_name)[0].needs_data or find_init(config.init_name)[0].freezes_b:
             raise ConfigError(f"ReLoRA draws the pair anew; init {config.init_name!r} cannot be drawn, use True")
@@ -165,23 +180,13 @@ class ReLoraSchedule(Schedule):
         super().__init__(run)
         self.options = options
         self.deltas: list[LoraDelta] = [d for d in deltas if isinstance(d, LoraDelta)]
-        self.base = dict(base_parameters(run.root))
         self.rest = rest_of(run.root, run.edits()) if options.train_rest else {}
-        self.pair = [p for e in run.edits() for p in e.trainable()]
+        self.first = FullFirst(run, options.warm_start, self.rest.values())
+        self.pair = self.first.pair
 
     def begin(self) -> None:
-        self._choose()
-
-    def _choose(self) -> None:
-        """What trains now: all weights of the base while the run is warming up, then the pairs and the rest."""
-        warming = self.run.step < self.options.warm_start
-        if self.options.warm_start:
-            free = {id(p) for p in self.rest.values()}
-            for p in self.base.values():
-                p.requires_grad_(p.is_floating_point() and (warming or id(p) in free))
-        for p in self.pair:
-            p.requires_grad_(not warming)
-        if warming or self.rest or self.run.step > self.options.warm_start + self.options.cycle:
+        self.first.choose()
+        if self.first.going or self.rest or self.run.step > self.options.warm_start + self.options.cycle:
             changed(self.run, "ReLoRA")
 
     def since(self, step: int) -> int:
@@ -198,16 +203,18 @@ class ReLoraSchedule(Schedule):
         else:
             factor = 1.0 if not since else min((step - since) / max(options.restart_warmup, 1), 1.0)
             factor = 1.0 if not options.restart_warmup else factor
-        return Rate(factor * (options.warm_start_rate if step < options.warm_start else 1.0))
+        return Rate(factor * (options.warm_start_rate if self.first.going else 1.0))
 
     def after_step(self) -> None:
         done, options = self.run.step, self.options
         if done == 1 or done == options.warm_start + 1:
             check_prunable(self.run.optimizer, self.pair, options.reset)
-        if done == options.warm_start and done:
-            self._choose()
-            forget(self.run.optimizer, [p for p in self.base.values() if not p.requires_grad])
-        elif done > options.warm_start and done != self.run.total and self.since(done) == done:
+        if (
+            not self.first.after_step()
+            and done > options.warm_start
+            and done != self.run.total
+            and self.since(done) == done
+        ):
             self.restart((done - options.warm_start) // options.cycle)
         self.run.logs["restarts"] = max(done - 1 - options.warm_start, 0) // options.cycle
 
@@ -233,12 +240,12 @@ class ReLoraSchedule(Schedule):
     # ------------------------------------------------------------------ checkpoints and the end
     def base_tensors(self) -> Mapping[str, Tensor]:
         if self.options.warm_start:
-            return {n: p for n, p in self.base.items() if p.is_floating_point()}
+            return self.first.base
         taken = {id(d.ref.param) for d in self.deltas}
-        return {**{n: p for n, p in self.base.items() if id(p) in taken}, **self.rest}
+        return {**{n: p for n, p in self.first.base.items() if id(p) in taken}, **self.rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._choose()
+        self.begin()
 
     def report(self) -> dict[str, Any]:
         """`restarts`: how many there were; `max_rank`: what the rank of the whole change may be."""
