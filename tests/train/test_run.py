@@ -240,7 +240,9 @@ def test_virtual_tokens_keep_rows_apart(recipe, key):
     ("sections", "says"),
     [
         ({"train": {"optim": "adamw_troch"}}, "no optimiser of transformers; did you mean 'adamw_torch'"),
-        ({"train": {"optim": "galore_adamw"}}, "cannot train adapters"),
+        ({"train": {"optim": "galore_adamw"}}, "which are frozen here: use method FULL with in_place=true"),
+        ({"train": {"optim": "lomo"}}, "cannot train adapters"),
+        ({"train": {"optim_target_modules": "all-linear"}}, "not adamw_torch; drop it"),
         ({"train": {"optim": "paged_adamw_8bit"}}, "there is no GPU: use adamw_8bit"),
         ({"train": {"logging": ["tensorbord"]}}, "no target 'tensorbord'; did you mean 'tensorboard'"),
         ({"train": {"precision": "fp16"}}, "needs a GPU"),

@@ -18,7 +18,34 @@ Reset = Literal["zero", "random", "magnitude"]
 def forget(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
     """Frees the optimiser's state of these parameters; it makes a new one when they train again."""
     for p in params:
-        optimizer.state.pop(p, None)
+        state = optimizer.state.pop(p, {})
+        # what the constructor has set (APOLLO's seed) is not made again
+        own = {k: v for k, v in state.items() if isinstance(v, int) and k != "step"}
+        if own:
+            optimizer.state[p] = own
+
+
+def check_forgets(optimizer: torch.optim.Optimizer) -> None:
+    """State that the constructor makes is not made again when it is freed.
+
+    Raises:
+        ConfigError: this optimiser's is of that kind.
+    """
+    if isinstance(optimizer, torch.optim.Adagrad):
+        raise ConfigError("Adagrad makes its state once, so it cannot be freed while parameters sleep; use adamw_torch")
+
+
+def check_own_weights(optimizer: torch.optim.Optimizer, procedure: str) -> None:
+    """A schedule-free optimiser keeps its weights in its state, and sets the parameters from there.
+
+    Raises:
+        ConfigError: this is one.
+    """
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ConfigError(
+            f"{procedure} sets weights, and {type(optimizer).__name__} keeps its own copies of them, which would undo "
+            "that; use adamw_torch"
+        )
 
 
 def moments(optimizer: torch.optim.Optimizer, param: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from deltatune.core.sharded import part_like, whole
 from deltatune.errors import ConfigError
 from deltatune.methods.adalora import AdaLoraConfig, AdaLoraDelta, orthogonality, shrink, triplets
+from deltatune.schedules._optimizer import check_own_weights
 from deltatune.schedules.base import Procedure, Run, Schedule, procedure
 
 
@@ -54,6 +55,7 @@ class AdaLora(Procedure):
             raise ConfigError(
                 "this AdaLoRA adapter's ranks are final already (rank_pattern); train it without a budget"
             )
+        check_own_weights(run.optimizer, "AdaLoRA")
         total = run.total if run.total is not None else config.total_step
         if total is None:
             raise ConfigError(

@@ -13,6 +13,7 @@ from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.sharded import fill, whole
 from deltatune.core.sites import base_parameters
 from deltatune.errors import ConfigError
+from deltatune.schedules._optimizer import check_forgets
 from deltatune.schedules.base import Procedure, Rate, Run, Schedule
 
 #: what a part of a group does not share with it while a step runs
@@ -49,6 +50,8 @@ def attach(
         raise ConfigError("there is no procedure to attach, and the adapter's method brings none; name one")
     for procedure in chosen if total_steps is not None else ():
         procedure.check_total(total_steps or 0, adapters.configs.get(name) if adapters is not None else None)
+    if any(procedure.switches for procedure in chosen):
+        check_forgets(plain)
     trained = {id(p) for p in root.parameters() if p.requires_grad}
     mark(model, *procedures, adapter_name=adapter_name)
     if isinstance(model, nn.parallel.DistributedDataParallel):

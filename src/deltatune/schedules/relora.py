@@ -41,7 +41,7 @@ from deltatune.schedules._base import (
     where,
     write_changed,
 )
-from deltatune.schedules._optimizer import Reset, check_prunable, prune, seeded
+from deltatune.schedules._optimizer import Reset, check_own_weights, check_prunable, prune, seeded
 from deltatune.schedules.base import Procedure, Rate, Run, Schedule, check_number, check_whole, procedure
 
 #: shares of the moments that become zero, where nobody says otherwise (the paper's 0.999; the authors' advice, 0.9)
@@ -129,6 +129,7 @@ class ReLora(Procedure):
                     f"ReLoRA re-draws a plain LoRA, and the adapter at {where(delta)!r} is another; use LoraConfig "
                     "with init_lora_weights=True or 'gaussian'"
                 )
+        check_own_weights(run.optimizer, "ReLoRA")
         if self.warm_start:
             check_trainable(run, "ReLoRA's warm start")
         config: Any = run.adapters.configs[run.adapter] if run.adapters is not None else None

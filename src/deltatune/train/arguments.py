@@ -54,6 +54,7 @@ def training_arguments(recipe: Recipe, directory: Path, rows: int) -> TrainingAr
         max_grad_norm=spec.max_grad_norm,
         optim=spec.optim,
         optim_args=spec.optim_args,
+        optim_target_modules=_projected(spec),
         adam_beta1=spec.adam_beta1,
         adam_beta2=spec.adam_beta2,
         adam_epsilon=spec.adam_epsilon,
@@ -85,6 +86,13 @@ def training_arguments(recipe: Recipe, directory: Path, rows: int) -> TrainingAr
     )
     args._n_gpu = min(args.n_gpu, 1)  # never nn.DataParallel: it would copy hosts to every device
     return args
+
+
+def _projected(spec: TrainSpec) -> list[str] | str | None:
+    """What a projecting optimiser projects; all linear layers if nobody says."""
+    if any(part in spec.optim for part in PROJECTING):
+        return spec.optim_target_modules or "all-linear"
+    return None
 
 
 def greater_is_better(spec: TrainSpec) -> bool:
@@ -145,14 +153,13 @@ def check_machine(recipe: Recipe) -> None:
     if spec.precision == "fp16" and recipe.dtype == "bfloat16":
         raise ConfigError("train.precision=fp16 and dtype=bfloat16 contradict each other: use one of them")
     _check_optimizer(spec.optim)
+    _check_projection(recipe)
     _check_logging(spec)
     _check_metric(recipe)
 
 
 #: what keeps an optimiser of transformers from training adapters
 _UNFIT = {
-    "galore": "it projects the gradients of whole weights, which are frozen here",
-    "apollo": "it projects the gradients of whole weights, which are frozen here",
     "lomo": "it updates whole weights during the backward pass",
     "xla": "it runs on TPUs",
     "npu": "it runs on Ascend NPUs",
@@ -162,6 +169,7 @@ _UNFIT = {
 _PACKAGES = (
     ("adamw_torch_8bit", "torchao", "torchao"),
     ("adamw_torch_4bit", "torchao", "torchao"),
+    ("galore", "galore_torch", "galore-torch"),
     ("8bit", "bitsandbytes", '"deltatune[quant]"'),
     ("paged", "bitsandbytes", '"deltatune[quant]"'),
     ("bnb", "bitsandbytes", '"deltatune[quant]"'),
@@ -170,7 +178,10 @@ _PACKAGES = (
     ("grokadamw", "grokadamw", "grokadamw"),
     ("schedule_free", "schedulefree", "schedulefree"),
     ("stable_adamw", "optimi", "torch-optimi"),
+    ("apollo", "apollo_torch", "apollo-torch"),
 )
+#: those that project the gradients of whole weights
+PROJECTING = ("galore", "apollo")
 
 
 def _check_optimizer(optim: str) -> None:
@@ -192,6 +203,38 @@ def _check_optimizer(optim: str) -> None:
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(f"train.optim={optim} needs {package}, which is not installed: pip install {install}")
             return
+
+
+def _check_projection(recipe: Recipe) -> None:
+    """GaLore and APOLLO need whole weights that train, and keep a state that only some checkpoints can hold."""
+    spec = recipe.train
+    projects = any(part in spec.optim for part in PROJECTING)
+    if not projects:
+        if spec.optim_target_modules is not None:
+            raise ConfigError(
+                f"train.optim_target_modules says what GaLore and APOLLO project, not {spec.optim}; drop it"
+            )
+        return
+    if not recipe.method.get("in_place"):
+        raise ConfigError(
+            f"train.optim={spec.optim} projects the gradients of whole weights, which are frozen here: use method FULL "
+            "with in_place=true, or adamw_torch"
+        )
+    if spec.save_strategy != "no":
+        raise ConfigError(
+            f"train.optim={spec.optim} keeps its projections as objects that no checkpoint can be read back with: set "
+            "train.save_strategy=no"
+        )
+    if spec.optim.endswith("layerwise") and recipe.procedure:
+        raise ConfigError(
+            f"train.optim={spec.optim} steps during the backward pass, where procedure {recipe.procedure['name']!r} "
+            f"cannot see it: use {spec.optim.removesuffix('_layerwise')}"
+        )
+    if spec.optim.endswith("layerwise") and spec.gradient_accumulation > 1:
+        raise ConfigError(
+            f"train.optim={spec.optim} steps during every backward pass, so gradients cannot be accumulated: set "
+            "train.gradient_accumulation=1"
+        )
 
 
 def _check_logging(spec: TrainSpec) -> None:

@@ -47,6 +47,9 @@ class TrainSpec(Spec):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     optim: str = Field("adamw_torch", description="Any optimiser name of transformers' Trainer.")
     optim_args: str | None = Field(None, description="`key=value,key=value`, given to the optimiser.")
+    optim_target_modules: list[str] | str | None = Field(
+        None, description="What GaLore and APOLLO project: names, a regular expression, or all-linear (the default)."
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
