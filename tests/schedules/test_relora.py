@@ -236,3 +236,24 @@ def test_a_bfloat16_base_is_warned_about():
     model = get_peft_model(llama().bfloat16(), LoraConfig(r=2))
     with pytest.warns(UserWarning, match="bfloat16"):
         start(model)
+
+
+def test_a_tasks_head_is_saved_with_the_base(tmp_path):
+    from deltatune import PeftModel
+    from tiny import bert, ids
+
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", bias="lora_only")
+    model = get_peft_model(bert(), config).train()
+    made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    schedule = attach(model, made, ReLora(cycle=2, restart_warmup=1, train_rest=False), total_steps=5)
+    head = next(p for n, p in model.named_parameters() if "classifier.modules_to_save" in n and p.ndim > 1)
+    for _ in range(5):
+        model(input_ids=ids(), labels=torch.tensor([0, 1, 0])).loss.backward()
+        made.step()
+        made.zero_grad()
+        assert made.state[head]["exp_avg"].all()  # only the pair's moments are pruned
+    schedule.finish()
+    schedule.save(tmp_path)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids()).logits, model.eval()(input_ids=ids()).logits, atol=1e-6)

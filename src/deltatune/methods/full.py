@@ -11,7 +11,7 @@ from torch import nn
 from deltatune.config import TargetedConfig, register
 from deltatune.core.copies import InPlace, ModuleCopy
 from deltatune.core.edits import Edit
-from deltatune.core.sites import Site, base_modules, excluded, in_layers, select
+from deltatune.core.sites import Site, base_modules, excluded, in_layers, saved_modules, select
 from deltatune.errors import ConfigError
 
 
@@ -55,6 +55,8 @@ class FullConfig(TargetedConfig):
         found = in_layers(self, select(self.target_modules or [], paths, "target_modules"))
         drop = excluded(self, paths)
         hits = {path: pattern for pattern, ps in found.items() for path in ps if path not in drop}
+        heads = saved_modules(model, self)  # a task's head is copied already
+        hits = {p: pattern for p, pattern in hits.items() if not any(f"{p}.".startswith(f"{h}.") for h in heads)}
         outer = [p for p in hits if not any(p.startswith(f"{q}.") for q in hits)]
         return [Site(path, None, pattern=hits[path]) for path in outer]
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from deltatune.core.adapters import LOW_PRECISION, AdapterSet, adapters_of
 from deltatune.core.combine import fold
-from deltatune.core.edits import Delta, Edit
+from deltatune.core.edits import Delta, Edit, ModuleEdit
 from deltatune.core.merge import evaluating
+from deltatune.core.ops import VectorOp
 from deltatune.core.sites import base_modules, base_parameters
 from deltatune.errors import ConfigError
 from deltatune.schedules._optimizer import forget
@@ -41,7 +42,8 @@ def deltas_of(run: Run, procedure: str) -> list[Delta]:
             f"adapter {run.adapters.plan.merged[0]!r} is merged, so {procedure} cannot change the base; call "
             "unmerge_adapter() first"
         )
-    deltas = [e for e in run.edits() if isinstance(e, Delta)]
+    # trained biases are values of their own and stay beside the base
+    deltas = [e for e in run.edits() if isinstance(e, Delta) and not isinstance(e.ref.op, VectorOp)]
     for delta in deltas:
         if not delta.ref.store.exact:
             raise ConfigError(
@@ -142,12 +144,15 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adap
     from deltatune.peft_model import describe
     from deltatune.state import get_peft_model_state_dict, write_adapter
 
-    wanted = {id(t) for t in tensors}
-    paths = [path for path, m in base_modules(root) if any(id(p) in wanted for p in m._parameters.values())]
-    if not paths:
-        raise ConfigError("the run has changed nothing yet, so there is nothing to save")
     found = adapters_of(root)
     adapters = found if found is not None else AdapterSet(root)
+    wanted = {id(t) for t in tensors}
+    touched = {m for edit in adapters.edits.get(adapter, []) for m in _modules_of(edit)}
+    paths = [
+        path
+        for path, m in base_modules(root)
+        if m in touched or any(id(p) in wanted for p in m._parameters.values() if p is not None)
+    ]
     flags = [(p, p.requires_grad) for p in root.parameters()]
     config = FullConfig(target_modules=paths)
     if adapter:
@@ -168,6 +173,13 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adap
             adapters.remove_all()
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def _modules_of(edit: Edit) -> list[nn.Module]:
+    """The base's modules whose tensors an edit would change if it were merged."""
+    if isinstance(edit, Delta):
+        return [edit.ref.owner]
+    return [edit.host] if isinstance(edit, ModuleEdit) and not edit.changes_base else []
 
 
 def _prefixed(key: str) -> str:

@@ -183,7 +183,7 @@ class ReLoraSchedule(Schedule):
         self.deltas: list[LoraDelta] = [d for d in deltas if isinstance(d, LoraDelta)]
         self.rest = rest_of(run.root, run.edits()) if options.train_rest else {}
         self.first = FullFirst(run, options.warm_start, self.rest.values())
-        self.pair = self.first.pair
+        self.pair = [slot.weight for d in self.deltas for slot in (d.lora_A, d.lora_B)]
 
     def begin(self) -> None:
         self.first.choose()
