@@ -5,8 +5,10 @@ Everything is parametrised over the registry, so a new procedure joins without a
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -332,3 +334,12 @@ def test_a_recipe_says_what_is_wrong_in_one_sentence(tmp_path, model_dir, option
         train(build_recipe({**raw, "procedure": options}, "tests"))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_procedure_is_on_the_page_with_its_options(name):
+    page = (Path(__file__).parents[2] / "docs" / "procedures.md").read_text(encoding="utf-8")
+    row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), "")
+    missing = [f.name for f in dataclasses.fields(PROCEDURES[name]) if f"`{f.name}`" not in row]
+    assert row
+    assert not missing
