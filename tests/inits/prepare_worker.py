@@ -1,13 +1,15 @@
-"""Run by test_prepare_distributed.py under torchrun: two processes with half the data each, and one with all of it."""
+"""Run by test_prepare_distributed.py under torchrun: two processes with half the data each, one with all of it, and two
+that hold half of the base each."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import deltatune.inits.data as data
 import deltatune.inits.eva as eva
-from deltatune import LoraConfig, prepare_init
+from deltatune import LoraConfig, get_peft_model, prepare_init
 from ranks import leave
 from tiny import llama
 
@@ -15,6 +17,12 @@ from tiny import llama
 def config_of(init: str) -> LoraConfig:
     options = {"eva_config": {"rho": 2, "tau": 1.0}} if init == "eva" else {}
     return LoraConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"], init_lora_weights=init, **options)
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
 
 
 def main() -> None:
@@ -38,6 +46,12 @@ def main() -> None:
             mine = shared.prepared[name]
             cosines = torch.nn.functional.cosine_similarity(mine.a, start.a, dim=-1).abs()
             assert bool((cosines > 0.98).all()), (init, name, cosines)
+        sharded = config_of(init)
+        prepare_init(shard(llama()), sharded, batches[dist.get_rank() :: 2])
+        for name, start in shared.prepared.items():
+            cosines = torch.nn.functional.cosine_similarity(sharded.prepared[name].a, start.a, dim=-1).abs()
+            assert bool((cosines > 0.999).all()), (init, name, cosines)
+        get_peft_model(shard(llama()), sharded)  # the starts are whole, whatever the base is
         if dist.get_rank() == 0:
             print(init, "equal")
     leave()

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import make_recipe, save_model
+from transformers import TrainerCallback
 
 import deltatune.schedules as schedules
 from deltatune import AutoPeftModelForCausalLM, ConfigError, PeftModel
@@ -180,6 +181,73 @@ def test_a_killed_recipe_goes_on_bit_for_bit(name, tmp_path, model_dir, monkeypa
     weights_of = [load_file(r.run_dir / "adapter_model.safetensors") for r in (whole, broken)]
     assert largest_difference(*weights_of) == 0
     assert result.procedures == json.loads((whole.run_dir / "results.json").read_text())["procedures"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_trainer_goes_on_bit_for_bit(name, tmp_path, model_dir):
+    """transformers' own Trainer; its checkpoints hold the model its way, and the procedures' state beside it."""
+    from transformers import Trainer
+
+    def trainer(folder, stop=None):
+        recipe = recipe_for(name, tmp_path, model_dir)
+        model, args, rows, collator = parts_of(recipe)
+        args.output_dir, args.save_steps, args.save_total_limit = str(folder), 5, None
+        made = Trainer(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=rows,
+            callbacks=[ProcedureCallback(*options_of(name)), *([StopAt(stop)] if stop else [])],
+        )
+        return model, made
+
+    whole, made = trainer(tmp_path / "whole")
+    made.train()
+    with pytest.raises(MemoryError):
+        trainer(tmp_path / "broken", stop=7)[1].train()
+    again, made = trainer(tmp_path / "broken")
+    made.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-5"))
+    assert largest_difference(weights(again), weights(whole)) == 0
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise MemoryError("killed")
+
+
+def test_a_checkpoint_without_the_procedures_state_is_refused(tmp_path, model_dir):
+    console = Console(file=io.StringIO())
+    recipe = recipe_for("relora", tmp_path, model_dir)
+    train(recipe, console=console)
+    for left in ("results.json", "checkpoint-12/schedule.pt"):
+        (recipe.run_dir / left).unlink()
+    with pytest.raises(ConfigError, match="has no schedule.pt, so the procedure cannot go on"):
+        train(recipe, console=console)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_says_what_happens_over_time(name, tmp_path, model_dir):
+    from deltatune.train.run import plan
+
+    console = Console(file=io.StringIO(), width=200)
+    recipe = recipe_for(name, tmp_path, model_dir)
+    made = plan(recipe)
+    made.show(console)
+    assert (f"Procedure: name={name}" in console.file.getvalue()) == bool(options_of(name))
+    assert made.trainable == sum(p.numel() for p in marked(recipe, name).parameters() if p.requires_grad)
+    if name == "relora":
+        with pytest.raises(ConfigError, match="use cycle=3"):
+            plan(build_recipe({**recipe.model_dump(), "procedure": {"name": name, "cycle": 400}}, "tests"))
+
+
+def marked(recipe, name):
+    model = parts_of(recipe)[0]
+    schedules.mark(model, *options_of(name))
+    return model
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltatune.core.sharded import whole
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError, hint
 
@@ -65,7 +66,7 @@ class Request:
                 f"init {self.init!r} reads the base's numbers, and {self.site!r} is on "
                 "the meta device; load the base first"
             )
-        return self.ref.load()
+        return whole(self.ref.load())
 
 
 @dataclass(frozen=True)

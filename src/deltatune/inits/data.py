@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from deltatune.core.adapters import LOW_PRECISION, AdapterSet, adapters_of
 from deltatune.core.ops import VectorOp
+from deltatune.core.sharded import whole
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError, hint
 from deltatune.inits import Request, Start, find_init
@@ -338,6 +339,13 @@ def summed(tensor: Tensor) -> Tensor:
 
         dist.all_reduce(tensor)
     return tensor
+
+
+def averaged(total: Tensor, calls: int) -> Tensor:
+    """The mean of gradients over all processes, from each one's sum and number of them."""
+    if hasattr(total, "device_mesh"):  # FSDP2 has averaged over the processes already
+        return whole(total) / calls
+    return summed(total) / summed(torch.tensor(float(calls), device=total.device))
 
 
 def gathered(value: Any) -> list[Any]:

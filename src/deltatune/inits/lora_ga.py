@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.files import read_tensors, write_tensors
+from deltatune.core.sharded import whole
 from deltatune.errors import ConfigError, hint
 from deltatune.inits import Request, Start, options_of, register_init
 from deltatune.inits._watch import GradientWatch, Spot
@@ -25,11 +26,11 @@ from deltatune.inits.data import (
     COLLECTORS,
     PairCollector,
     as_base,
+    averaged,
     check_file_name,
     collector_for,
     finish,
     prepared_start,
-    summed,
 )
 from deltatune.inits.pissa import principal_fast
 
@@ -99,7 +100,7 @@ def factor_scale(spot: Spot, options: LoraGAConfig) -> float:
         return 1 / spot.scale
     if options.scale == "stable":
         return float(spot.ref.shape[-2] ** 0.25 / options.stable_gamma**0.5)
-    values = torch.linalg.svdvals(spot.ref.load())[..., : spot.r]
+    values = torch.linalg.svdvals(whole(spot.ref.load()))[..., : spot.r]
     return float((values / spot.scale).sqrt().mean())
 
 
@@ -150,8 +151,7 @@ class GradientCollector(PairCollector):
             if key not in self.sums:
                 raise ConfigError(f"LoRA-GA: no batch gave {spot.name!r} a gradient; leave it out, or check the loss")
             if key not in found:
-                calls = summed(torch.tensor(float(self.calls[key]), device=spot.ref.device))
-                found[key] = summed(self.sums.pop(key)) / calls
+                found[key] = averaged(self.sums.pop(key), self.calls[key])
                 if not torch.isfinite(found[key]).all():
                     raise ConfigError(f"LoRA-GA: the gradient of {spot.name!r} is not finite")
         return {spot.name: found[id(spot.ref.param)] for spot in self.spots}

@@ -39,6 +39,7 @@ class Plan:
     model: str
     source: str
     method: dict[str, Any]
+    procedure: dict[str, Any] | None
     patterns: list[PatternPlan]
     tied: list[tuple[str, str]]
     trainable: int
@@ -101,15 +102,18 @@ def plan(recipe: Recipe, *, resume: bool | None = None, overwrite: bool = False)
 def _plan(recipe: Recipe, resolved: ResolvedModel, tokenizer: Any, data: Data, base: Any, decision: Decision) -> Plan:
     from deltatune import get_peft_config, plan_targets
     from deltatune.inits import loading
+    from deltatune.schedules import mark
     from deltatune.train.arguments import resolve_precision, total_steps
     from deltatune.train.data import preview
-    from deltatune.train.session import attach
+    from deltatune.train.session import attach, procedures_of
 
+    procedures = procedures_of(recipe, len(data.rows))
     # Before the adapter is attached: the plan is about the base's own modules.
     config: Any = get_peft_config({"task_type": recipe.task, **recipe.method})
     targets = plan_targets(base, config)
     with loading():  # no start is computed, and none needs data
         model = attach(recipe, base)
+    mark(model, *procedures)
     trainable, total = model.get_nb_trainable_parameters()
     spec = recipe.train
     shown = preview(data.rows, tokenizer, PREVIEWED)
@@ -118,6 +122,7 @@ def _plan(recipe: Recipe, resolved: ResolvedModel, tokenizer: Any, data: Data, b
         model=recipe.model,
         source=resolved.source,
         method=recipe.method,
+        procedure=recipe.procedure,
         patterns=_patterns(targets.patterns, model),
         tied=targets.tied,
         trainable=trainable,
@@ -210,6 +215,8 @@ def _show(plan: Plan, console: Console) -> None:
     console.print(Text(f"Plan for {plan.name}: nothing is trained or written.", style="bold"))
     console.print(Text(f"Model: {plan.source}"))
     console.print(Text(f"Method: {', '.join(f'{key}={value}' for key, value in plan.method.items())}"))
+    if plan.procedure:
+        console.print(Text(f"Procedure: {', '.join(f'{key}={value}' for key, value in plan.procedure.items())}"))
     targets = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, justify in (("pattern", "left"), ("modules", "right"), ("trains", "right"), ("for example", "left")):
         targets.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]

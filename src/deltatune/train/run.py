@@ -127,7 +127,7 @@ class _Run:
         from deltatune.train.arguments import check_machine
         from deltatune.train.measure import Measurer
         from deltatune.train.models import load_tokenizer, resolve_model
-        from deltatune.train.session import check_apart, check_length, load_base, prepare_data
+        from deltatune.train.session import check_apart, check_length, load_base, prepare_data, procedures_of
 
         check_machine(self.recipe)
         if self.decision.note:
@@ -138,23 +138,11 @@ class _Run:
         self.data: Data = prepare_data(self.recipe, self.tokenizer)
         self.say(f"Data: {self.data.examples.describe}")
         self.check_evaluation()
-        self.procedures = self.check_procedures()
+        self.procedures = procedures_of(self.recipe, len(self.data.rows))
         self.base = load_base(self.recipe, self.resolved)
         check_length(self.recipe, self.data, self.base)
         check_apart(self.recipe, self.base)
         self.measurer = Measurer(self.recipe, self.tokenizer, self.data.examples, self.console)
-
-    def check_procedures(self) -> list[Any]:
-        """What happens over time, in a run of this many steps; the method's own procedures are checked too."""
-        from deltatune import get_peft_config
-        from deltatune.schedules import find_procedure
-        from deltatune.train.arguments import total_steps
-
-        chosen = [find_procedure(self.recipe.procedure)] if self.recipe.procedure else []
-        config = get_peft_config({"task_type": self.recipe.task, **self.recipe.method})
-        for procedure in [*chosen, *config.procedures()]:
-            procedure.check_total(total_steps(self.recipe.train, len(self.data.rows)), config)
-        return chosen
 
     def check_evaluation(self) -> None:
         if self.recipe.train.eval_strategy != "no" and not self.data.examples.eval:

@@ -110,6 +110,23 @@ def attach(recipe: Recipe, base: Any, batches: Iterable[Any] = ()) -> Any:
     return get_peft_model(base, config)
 
 
+def procedures_of(recipe: Recipe, rows: int) -> list[Any]:
+    """What happens over time in a run over `rows` rows; those that the method brings itself are checked too.
+
+    Raises:
+        ConfigError: a procedure does not fit a run of so many steps.
+    """
+    from deltatune import get_peft_config
+    from deltatune.schedules import find_procedure
+    from deltatune.train.arguments import total_steps
+
+    chosen = [find_procedure(recipe.procedure)] if recipe.procedure else []
+    config = get_peft_config({"task_type": recipe.task, **recipe.method})
+    for procedure in [*chosen, *config.procedures()]:
+        procedure.check_total(total_steps(recipe.train, rows), config)
+    return chosen
+
+
 def init_batches(recipe: Recipe, data: Data, tokenizer: Any) -> Iterator[Any]:
     """The batches that an init which starts from data sees: of the training set, in an order of the seed's."""
     import torch
