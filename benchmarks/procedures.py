@@ -157,7 +157,8 @@ def classes(folder: Path) -> Question:
         "LoRA": Entry(pair, (3e-3, 1e-2, 3e-2)),
         "LoRA, PiSSA init": Entry({**pair, "init_lora_weights": "pissa"}, (3e-3, 1e-2, 3e-2)),
         "LoRA, LoRA-GA init": Entry({**pair, "init_lora_weights": "lora_ga"}, (3e-3, 1e-2, 3e-2)),
-        "LoRA+": Entry(pair, (1e-3, 3e-3, 1e-2), {"name": "lora_plus", "ratio": 16}),
+        "LoRA+, ratio 16": Entry(pair, (1e-3, 3e-3), {"name": "lora_plus", "ratio": 16}),
+        "LoRA+, ratio 4": Entry(pair, (3e-3, 1e-2), {"name": "lora_plus", "ratio": 4}),
         "AdaLoRA": Entry(
             {**ADALORA, "target_modules": ["query", "value"], "tinit": 10, "tfinal": 30, "deltaT": 5}, (1e-2, 3e-2)
         ),

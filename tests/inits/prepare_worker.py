@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 import deltatune.inits.data as data
 import deltatune.inits.eva as eva
 from deltatune import LoraConfig, get_peft_model, prepare_init
+from deltatune.methods.lora_drop import output_importance
 from ranks import leave
 from tiny import llama
 
@@ -23,6 +24,17 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     for block in model.model.layers:
         fully_shard(block)
     return fully_shard(model)
+
+
+def drop(batches: list[dict[str, torch.Tensor]]) -> None:
+    """LoRA-drop's importance, of half the batches each and of all of them."""
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    shared = output_importance(model, batches[dist.get_rank() :: 2]).shares
+    data.world_size = lambda: 1
+    alone = output_importance(model, batches).shares
+    assert all(abs(shared[path] - share) < 1e-5 for path, share in alone.items())
+    if dist.get_rank() == 0:
+        print("lora_drop equal")
 
 
 def main() -> None:
@@ -54,6 +66,7 @@ def main() -> None:
         get_peft_model(shard(llama()), sharded)  # the starts are whole, whatever the base is
         if dist.get_rank() == 0:
             print(init, "equal")
+    drop(batches)
     leave()
 
 

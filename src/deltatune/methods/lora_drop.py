@@ -35,7 +35,7 @@ from deltatune.errors import ConfigError
 from deltatune.inits import Request, find_init
 from deltatune.inits import start as start_of
 from deltatune.inits._watch import attention_mask_of
-from deltatune.inits.data import Collector, Forward, call_model, run_batches
+from deltatune.inits.data import Collector, Forward, call_model, run_batches, summed
 from deltatune.methods._fields import check_input_dropout
 from deltatune.methods.lora import LoraConfig
 from deltatune.state import find_adapters
@@ -273,7 +273,10 @@ class Meter(Collector):
     def finish(self) -> Importance:
         """The means, normalised over the layers of one kind."""
         kinds = self._kinds()
-        means = {path: g / (self.counts[path] or 1.0) for path, g in self.sums.items()}
+        device = next(self.adapters.root.parameters()).device
+        pairs = torch.tensor([[g, self.counts[path]] for path, g in self.sums.items()], dtype=torch.float64)
+        both = summed(pairs.to(device)).tolist()  # over all processes
+        means = {path: g / (count or 1.0) for path, (g, count) in zip(self.sums, both, strict=True)}
         totals: dict[str, float] = {}
         for path, g in means.items():
             totals[kinds[path]] = totals.get(kinds[path], 0.0) + g
