@@ -411,3 +411,32 @@ def test_every_procedure_is_on_the_page_with_its_options(name):
     missing = [f.name for f in dataclasses.fields(PROCEDURES[name]) if f"`{f.name}`" not in row]
     assert row
     assert not missing
+
+
+@pytest.mark.parametrize("name", ["adalora", "lisa", "relora"])
+def test_the_best_checkpoint_comes_back_with_its_base(name, tmp_path, model_dir):
+    section = {"eval_strategy": "steps", "eval_steps": 4, "load_best": True, "learning_rate": 0.1}
+    recipe = recipe_for(name, tmp_path, model_dir, **section)
+    recipe = build_recipe({**recipe.model_dump(), "eval": {"before": False, "after": True, "samples": 0}}, "tests")
+    result = train(recipe, console=Console(file=io.StringIO()))
+    rows = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert measured[result.best_step] == min(measured.values())
+    assert result.after["loss"] == pytest.approx(measured[result.best_step], rel=1e-4)
+    # the same again where only the report was missing
+    before = load_file(recipe.run_dir / "adapter_model.safetensors")
+    (recipe.run_dir / "results.json").unlink()
+    train(recipe, console=Console(file=io.StringIO()))
+    assert largest_difference(load_file(recipe.run_dir / "adapter_model.safetensors"), before) == 0
+
+
+def test_options_of_a_procedure_can_be_set_on_the_command_line(tmp_path, model_dir):
+    from deltatune.train.recipe import load_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_for("lora_plus", tmp_path, model_dir).to_yaml(), encoding="utf-8")
+    recipe = load_recipe(path, ["procedure.ratio=3"])
+    assert recipe.procedure["ratio"] == 3
+    assert load_recipe(path, ["procedure={name: LISA}"]).procedure == {"name": "lisa"}
+    with pytest.raises(ValueError, match="no such option; did you mean 'ratio'"):
+        load_recipe(path, ["procedure.ration=3"])
