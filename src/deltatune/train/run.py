@@ -127,7 +127,14 @@ class _Run:
         from deltatune.train.arguments import check_machine
         from deltatune.train.measure import Measurer
         from deltatune.train.models import load_tokenizer, resolve_model
-        from deltatune.train.session import check_apart, check_length, load_base, prepare_data, procedures_of
+        from deltatune.train.session import (
+            check_apart,
+            check_length,
+            check_targets,
+            load_base,
+            prepare_data,
+            procedures_of,
+        )
 
         check_machine(self.recipe)
         if self.decision.note:
@@ -141,6 +148,7 @@ class _Run:
         self.procedures = procedures_of(self.recipe, len(self.data.rows))
         self.base = load_base(self.recipe, self.resolved)
         check_length(self.recipe, self.data, self.base)
+        check_targets(self.recipe, self.base)
         check_apart(self.recipe, self.base)
         self.measurer = Measurer(self.recipe, self.tokenizer, self.data.examples, self.console)
 

@@ -96,6 +96,8 @@ def decide(recipe: Recipe, *, resume: bool | None = None, overwrite: bool = Fals
     if overwrite:
         return Decision("start", note=f"Starting again in {directory}.")
     changed = _differences(earlier["recipe"], recipe.model_dump(mode="json"))
+    if changed and not resume and not _has_trained(directory):
+        return Decision("start", note=f"Starting again in {directory}, where an earlier run broke off before it began.")
     if changed and not (resume and all(map(_is_free, changed))):
         raise RunDirError(_other_run(directory, changed))
     finished = (directory / RESULTS).is_file()
@@ -104,6 +106,14 @@ def decide(recipe: Recipe, *, resume: bool | None = None, overwrite: bool = Fals
     if resume is False:
         raise RunDirError(f"{directory} already holds this run; --resume continues it, --overwrite starts it again")
     return _continue(directory, list_checkpoints(directory), finished)
+
+
+def _has_trained(directory: Path) -> bool:
+    """Whether a run left anything that took time: a logged step, a checkpoint, an adapter."""
+    from deltatune.train.trainer import list_checkpoints
+
+    made = (RESULTS, "metrics.jsonl", "adapter_model.safetensors")
+    return bool(list_checkpoints(directory)) or any((directory / name).exists() for name in made)
 
 
 def _continue(directory: Path, checkpoints: list[Path], finished: bool) -> Decision:

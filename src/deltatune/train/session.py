@@ -75,6 +75,18 @@ def check_apart(recipe: Recipe, model: Any) -> None:
             ) from error
 
 
+def check_targets(recipe: Recipe, base: Any) -> None:
+    """The method must find its places in the base; looked for before anything is measured or written.
+
+    Raises:
+        TargetError: a pattern matches nothing.
+    """
+    from deltatune import get_peft_config, plan_targets
+
+    config: Any = get_peft_config({"task_type": recipe.task, **recipe.method})
+    plan_targets(base, config)
+
+
 def load_base(recipe: Recipe, resolved: ResolvedModel) -> Any:
     """The base model on the device it trains on."""
     from deltatune.train.models import load_model
