@@ -55,6 +55,13 @@ def _conv1d_transposed() -> Net:
     return Net(layer, 16)
 
 
+def _norm() -> nn.Module:
+    layer = nn.LayerNorm(16)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
 KINDS = [
     Kind("linear", lambda: Net(nn.Linear(12, 16), 16), lambda: torch.randn(6, 3, 12)),
     Kind("conv1d_hf", _conv1d_transposed, lambda: torch.randn(6, 3, 12)),
@@ -68,6 +75,7 @@ KINDS = [
         lambda: AttentionNet(nn.MultiheadAttention(16, 4, batch_first=True), 16),
         lambda: torch.randn(6, 3, 16),
     ),
+    Kind("layernorm", lambda: Net(_norm(), 16), lambda: torch.randn(6, 3, 16)),
 ]
 STORES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHOD_NAMES = sorted(

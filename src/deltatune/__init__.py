@@ -56,9 +56,12 @@ _WHERE: dict[str, str] = {
     "AdaptionPromptConfig": "deltatune.methods.adaption_prompt",
     "BitFitConfig": "deltatune.methods.bitfit",
     "EvaConfig": "deltatune.inits.eva",
+    "FishMaskConfig": "deltatune.methods.fish_mask",
     "FullConfig": "deltatune.methods.full",
     "HiraConfig": "deltatune.methods.hira",
+    "IA3Config": "deltatune.methods.ia3",
     "IntrinsicPromptConfig": "deltatune.methods.intrinsic_prompt",
+    "LNTuningConfig": "deltatune.methods.ln_tuning",
     "KronaConfig": "deltatune.methods.krona",
     "LoHaConfig": "deltatune.methods.loha",
     "LoKrConfig": "deltatune.methods.lokr",
@@ -75,6 +78,7 @@ _WHERE: dict[str, str] = {
     "PromptTuningConfig": "deltatune.methods.prompt_tuning",
     "PromptTuningInit": "deltatune.methods.prompt_tuning",
     "SaidConfig": "deltatune.methods.said",
+    "ShiraConfig": "deltatune.methods.shira",
     "TrainableTokensConfig": "deltatune.methods.trainable_tokens",
     "VeraConfig": "deltatune.methods.vera",
     "initialize_kv_prefix_from_past_key_values": "deltatune.methods.prefix_tuning",
@@ -135,10 +139,13 @@ if TYPE_CHECKING:
     from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from deltatune.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
+    from deltatune.methods.fish_mask import FishMaskConfig as FishMaskConfig
     from deltatune.methods.full import FullConfig as FullConfig
     from deltatune.methods.hira import HiraConfig as HiraConfig
+    from deltatune.methods.ia3 import IA3Config as IA3Config
     from deltatune.methods.intrinsic_prompt import IntrinsicPromptConfig as IntrinsicPromptConfig
     from deltatune.methods.krona import KronaConfig as KronaConfig
+    from deltatune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from deltatune.methods.loha import LoHaConfig as LoHaConfig
     from deltatune.methods.lokr import LoKrConfig as LoKrConfig
     from deltatune.methods.lora import LoraConfig as LoraConfig
@@ -158,6 +165,7 @@ if TYPE_CHECKING:
     from deltatune.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from deltatune.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from deltatune.methods.said import SaidConfig as SaidConfig
+    from deltatune.methods.shira import ShiraConfig as ShiraConfig
     from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from deltatune.methods.vera import VeraConfig as VeraConfig
     from deltatune.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING

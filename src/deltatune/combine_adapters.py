@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from deltatune.config import TargetedConfig
 from deltatune.core.adapters import AdapterSet
 from deltatune.core.changes import Change, total
 from deltatune.errors import AdapterNameError, ConfigError, hint
@@ -132,7 +133,7 @@ def add_weighted_adapter(
     names: Sequence[str],
     weights: Sequence[float],
     new_name: str,
-    combination_type: str = "svd",
+    combination_type: str | None = None,
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
     svd_driver: str | None = None,
@@ -143,7 +144,8 @@ def add_weighted_adapter(
 
     Args:
         names: adapters with a ΔW, of any methods. weights: one per adapter, negative ones subtract.
-        combination_type: one of `COMBINATIONS`.
+        combination_type: one of `COMBINATIONS`; None: the exact weighted sum as an adapter of their own method, where
+            they share one whose sums stay in it (IA³), and `svd` otherwise.
         svd_rank: ranks that `svd` and the `…_svd` forms keep; None: per weight the largest of the adapters', or
             all, where an adapter's ΔW is not low-rank (DoRA).
         svd_clamp: limits the entries of their factors to this quantile, in (0.5, 1].
@@ -159,6 +161,11 @@ def add_weighted_adapter(
         an adapter without ΔW. The model is as before.
     """
     _check(adapters, names, weights, new_name)
+    if combination_type is None:
+        first = adapters.configs[names[0]]
+        if isinstance(first, TargetedConfig) and first.add_weighted(adapters, names, weights, new_name):
+            return LoraReport()
+        combination_type = "svd"
     exact = combination_type.removesuffix("_svd")
     if combination_type not in COMBINATIONS:
         raise ConfigError(f"combination_type {combination_type!r} is unknown{hint(combination_type, COMBINATIONS)}")

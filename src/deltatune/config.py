@@ -20,6 +20,7 @@ from deltatune.errors import ConfigError, hint
 if TYPE_CHECKING:
     from torch import nn
 
+    from deltatune.core.adapters import AdapterSet
     from deltatune.core.bank import Bank
     from deltatune.core.edits import Edit
     from deltatune.core.sites import Site
@@ -273,6 +274,9 @@ class TargetedConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     optional_modules_to_save: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
+    #: fields that peft's files of this method do not have; they are written only where they are set
+    ours: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
@@ -291,6 +295,15 @@ class TargetedConfig(PeftConfig):
         mine = list(self.modules_to_save or [])
         self.optional_modules_to_save = {h for h in heads if h not in mine} | set(heads)
         self.modules_to_save = [*mine, *(h for h in heads if h not in mine)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if k not in self.ours or v}
+
+    def written(self, model: nn.Module) -> dict[str, Any]:
+        """Fields as files hold them: what was found in the model's structure is named, for readers with other rules."""
+        from deltatune.core.sites import written_targets
+
+        return {"target_modules": written_targets(model, self)}
 
     @classmethod
     def example(cls, **fields: Any) -> TargetedConfig:
@@ -326,6 +339,10 @@ class TargetedConfig(PeftConfig):
     def build_shared(self, ref: WeightRef, site: Site, bank: Bank) -> Edit | Sequence[Edit]:
         """As `build`, for a method that has a bank."""
         raise NotImplementedError
+
+    def add_weighted(self, adapters: AdapterSet, names: Sequence[str], weights: Sequence[float], name: str) -> bool:
+        """Adds the weighted sum of adapters as one of this method, frozen and not active; False if that is none."""
+        return False
 
     def build_module(self, module: nn.Module, site: Site) -> Edit | Sequence[Edit]:
         """The edits of a whole module, for sites without a parameter."""

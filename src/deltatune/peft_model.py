@@ -103,7 +103,7 @@ class BaseTuner(nn.Module):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: str | None = None,
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = True,
@@ -111,7 +111,8 @@ class BaseTuner(nn.Module):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> LoraReport:
-        """Adds a LoRA that combines adapters of any methods on their ΔW; see `deltatune.combine_adapters`.
+        """Adds a LoRA that combines adapters of any methods on their ΔW; see `deltatune.combine_adapters`. Adapters
+        of one method whose sums stay in it (IA³) give one of that method, unless `combination_type` is given.
 
         Args:
             svd_full_matrices: accepted for peft's sake; the result is the same.

@@ -15,7 +15,6 @@ from deltatune.core import fingerprint
 from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.checkpoint import LoadReport, adapter_state, load_adapter_state, remap
 from deltatune.core.files import SAFETENSORS_NAME, find_file, read_tensors, write_tensors
-from deltatune.core.sites import written_targets
 from deltatune.errors import DeltatuneError
 
 #: names in `target_modules` that make peft write the base's matrix too, for a vocabulary that has grown
@@ -96,7 +95,8 @@ def write_adapter(adapters: AdapterSet, name: str, folder: Path, tensors: dict[s
     config = copy.copy(adapters.configs[name])
     config.inference_mode = True
     if isinstance(config, TargetedConfig):
-        config.target_modules = written_targets(adapters.root, config)
+        for field, value in config.written(adapters.root).items():
+            setattr(config, field, value)
     if config.task_type is None:
         model = type(adapters.root)
         config.auto_mapping = {"base_model_class": model.__name__, "parent_library": model.__module__}

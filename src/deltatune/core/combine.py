@@ -73,6 +73,11 @@ def first_tensor(args: Args, kwargs: Kwargs) -> Tensor:
     return x
 
 
+def with_first(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:
+    """The module's arguments with another input; see `first_tensor`."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+
+
 def call(base: Base, edits: Sequence[Edit], args: Args, kwargs: Kwargs) -> Any:
     """The module's own call under the edits that are not additive."""
     for edit in edits:
@@ -120,15 +125,20 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
         return base(*args, **kwargs)
     for edit in edits:
         args, kwargs = edit.pre(args, kwargs)
-    out = call(base, edits, args, kwargs)
     additive = [e for e in edits if is_additive(e)]
     if not additive:
-        return out
-    y = out[0] if isinstance(out, tuple) else out
+        return call(base, edits, args, kwargs)
     x = first_tensor(args, kwargs)
+    moving = [e for e in additive if isinstance(e, Delta) and e.moves_input]
+    if host.plan.merged or len(additive) < len(edits):
+        moving = []  # the call does not run with the base's own weight
+    if moving:
+        args, kwargs = with_first(args, kwargs, sum((e.moved(x) for e in moving), x))
+    out = call(base, edits, args, kwargs)
+    y = out[0] if isinstance(out, tuple) else out
     total = y
-    for edit in additive:
-        change = update(edit, x, y, bool(host.plan.merged))
+    for edit in [e for e in additive if e not in moving]:
+        change = update(edit, x, y, bool(moving or host.plan.merged))
         if change is not None:
             total = total + change.to(total.dtype)
     return (total, *out[1:]) if isinstance(out, tuple) else total
@@ -191,6 +201,8 @@ def _rerun(base: Base, edits: Sequence[Edit], index: Tensor, args: Args, kwargs:
 def _add_alone(edit: Edit, index: Tensor, x: Tensor, y: Tensor, total: Tensor, where: str) -> Tensor:
     """Adds one edit on its rows; `y` is the module's output on them."""
     change = edit.update(x[index], y)
+    if change is None and type(edit).pre is Edit.pre:
+        return total
     if change is None:
         raise MixedBatchError(f"{type(edit).__name__} at {where} cannot run on single rows of a mixed batch")
     return total.index_add(0, index, change.to(total.dtype).expand(y.shape))

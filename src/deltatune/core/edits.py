@@ -240,6 +240,8 @@ class Delta(Edit):
     """
 
     few_rows = False
+    #: the update is what the weight makes of a change of the input, which `moved` gives
+    moves_input = False
 
     def __init__(self, ref: WeightRef) -> None:
         super().__init__()
@@ -247,6 +249,10 @@ class Delta(Edit):
 
     def merged(self, w: Tensor) -> Tensor:
         """The weight that the base's weight `w: (*batch, out, in)` becomes."""
+        raise NotImplementedError
+
+    def moved(self, x: Tensor) -> Tensor:
+        """What to add to the input instead of `update` to the output, with the same effect: one product less."""
         raise NotImplementedError
 
     def apart(self, x: Tensor) -> Tensor:

@@ -57,6 +57,18 @@ class LinearOp:
         """A vector over `out`, shaped to broadcast against the layer's output `y`."""
         return v
 
+    def columns(self, module: nn.Module, v: Tensor) -> Tensor:
+        """A vector over the module's inputs, shaped to broadcast against the matrix: a factor of its columns."""
+        return v
+
+    def align_input(self, v: Tensor, x: Tensor) -> Tensor:
+        """The same vector, shaped to broadcast against the module's input `x`."""
+        return v
+
+    def inputs(self, module: nn.Module, shape: torch.Size) -> int:
+        """How long that vector is, for a matrix of `shape`."""
+        return shape[-1]
+
     def gain(self, module: nn.Module) -> Any:
         """What the layer multiplies its linear map by (scaled embeddings); 1 for the others."""
         return 1
@@ -173,6 +185,17 @@ class ConvOp(LinearOp):
 
     def align(self, v: Tensor, y: Tensor) -> Tensor:
         return v.view(-1, *[1] * (y.ndim - 2))
+
+    def columns(self, module: Any, v: Tensor) -> Tensor:
+        kernel = module.weight.shape[2:].numel()
+        rows = v.view(module.groups, -1).repeat_interleave(kernel, -1)  # (groups, in)
+        return rows.repeat_interleave(module.out_channels // module.groups, 0)
+
+    def align_input(self, v: Tensor, x: Tensor) -> Tensor:
+        return self.align(v, x)
+
+    def inputs(self, module: Any, shape: torch.Size) -> int:
+        return int(module.in_channels)
 
     def pack(self, module: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         kernel = module.weight.shape[1:]

@@ -350,6 +350,60 @@ def bias_sites(model: nn.Module, paths: Iterable[str] | None = None) -> list[Sit
     return sites
 
 
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation layer (LayerNorm, any RMSNorm, GroupNorm, …) that has a gain."""
+    own = [p for p in module._parameters.values() if p is not None]
+    named = any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
+    inner = [m for m in module._modules.values() if m is not None and not isinstance(m, AdapterTensors)]
+    return named and bool(own) and not inner and all(p.ndim == 1 for p in own)
+
+
+def norm_sites(model: nn.Module) -> list[Site]:
+    """Every gain and bias of the model's normalisation layers."""
+    norms = [(path, module) for path, module in base_modules(model) if is_norm(module)]
+    names = short_names(model, [path for path, _ in norms])
+    return [
+        Site(path, leaf, pattern=names[path]) for path, m in norms for leaf, p in m._parameters.items() if p is not None
+    ]
+
+
+def short_names(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:
+    """path -> the shortest end of it that selects none of the model's other modules."""
+    wanted = set(paths)
+    others = [p for p, _ in base_modules(model) if p and p not in wanted]
+    return {path: _short_name(path, others) for path in paths}
+
+
+def vector_sites(
+    model: nn.Module, config: TargetedConfig, candidates: Sequence[Site], what: str, chosen: bool = False
+) -> list[Site]:
+    """Those of the candidates that a configuration chooses, all if it names none; never those of saved modules.
+
+    Args:
+        what: a candidate, for messages (`"bias"`). chosen: `target_modules` has chosen among them already.
+
+    Raises:
+        TargetError: there are none, or a pattern matches only modules without.
+    """
+    names = {s.name for s in candidates}
+    if not names:
+        raise TargetError(f"no module of this {type(model).__name__} has a {what}, so nothing would train")
+    paths = [p for p, _ in base_modules(model)]
+    found = {what: [p for p in paths if p in names]}
+    if config.target_modules and not chosen:
+        found = select(config.target_modules, paths, "target_modules", nearby=sorted(names))
+        for pattern, hits in found.items():
+            if not names.intersection(hits):
+                some = next(iter(names))
+                raise TargetError(
+                    f"target_modules {pattern!r} matches {hits[0]!r}, which has no {what}, as {some!r} has"
+                )
+    drop, copied = excluded(config, paths), saved_modules(model, config)
+    inside = {p for hits in in_layers(config, found).values() for p in hits if p not in drop}
+    sites = [s for s in candidates if s.name in inside]
+    return [s for s in sites if not any(f"{s.name}.".startswith(f"{c}.") for c in copied)]
+
+
 def trained_biases(model: nn.Module, config: TargetedConfig, names: Sequence[str], everywhere: bool) -> list[Site]:
     """Biases that train beside an adapter: all, or those of the adapted modules `names`; none of saved modules."""
     copied = saved_modules(model, config)
@@ -388,8 +442,7 @@ FEW_PATHS = 20
 
 
 def written_targets(model: nn.Module, config: TargetedConfig) -> Any:
-    """`target_modules` as files hold it: what was found in this model's structure is named, for readers with
-    other rules."""
+    """`target_modules` as files hold it; see `TargetedConfig.written`."""
     if config.target_modules is not None and config.target_modules != ALL_LINEAR:
         return config.target_modules
     sites = config.sites(model)

@@ -106,6 +106,10 @@ class Collector(abc.ABC):
     def expect(self, batch: Any) -> None:  # noqa: B027  (most need no masks)
         """The batch that runs next, for masks."""
 
+    def parts(self, batch: Any) -> Iterable[Any]:
+        """What is run of a batch, one after the other; all of it at once, unless single rows are asked for."""
+        return (batch,)
+
     @property
     def satisfied(self) -> bool:
         """More batches would change nothing."""
@@ -192,9 +196,9 @@ def run_batches(
     used = 0
     with collector.running(model) as runs, collector.watch(), torch.set_grad_enabled(collector.backward):
         for batch in track(batches, collector.title, show=progress, total=max_batches):
-            batch = to_device(batch, device)
-            collector.expect(batch)
-            step(runs, batch)
+            for part in collector.parts(to_device(batch, device)):
+                collector.expect(part)
+                step(runs, part)
             used += 1
             if collector.satisfied or used == max_batches:
                 break
@@ -316,13 +320,36 @@ def _own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The tensors of a batch on a device, whatever they are nested in."""
+    return _map_tensors(batch, lambda t: t.to(device))
+
+
+def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {k: to_device(v, device) for k, v in batch.items()}
+        return {k: _map_tensors(v, function) for k, v in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(v, device) for v in batch)
+        return type(batch)(_map_tensors(v, function) for v in batch)
     return batch
+
+
+def rows_of_batch(batch: Any) -> Iterator[Any]:
+    """The rows of a batch as batches of one."""
+    for i in range(_batch_size(batch)):
+        yield _map_tensors(batch, partial(_row, i))
+
+
+def _row(i: int, t: Tensor) -> Tensor:
+    return t[i : i + 1] if t.ndim else t
+
+
+def _batch_size(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 0
+    values: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, (Mapping, list, tuple)):
+        raise ConfigError(f"a batch of type {type(batch).__name__} has no rows to look at one by one")
+    return max((_batch_size(v) for v in values if isinstance(v, (Tensor, Mapping, list, tuple))), default=0)
 
 
 # ---------------------------------------------------------------------- several processes

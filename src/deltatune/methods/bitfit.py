@@ -1,6 +1,10 @@
 """BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (arXiv 2106.10199).
 
-Only bias vectors train; everything else is the base's. Merging writes them back, exactly.
+    y = W x + b'        b' trained, at b in the beginning
+
+Only bias vectors train: all of them, or chosen ones (the paper's half is the query's and the feed-forward's first).
+Merging writes them back, exactly. Layers without a bias can get one that starts at zero (T-Few's variant for T5); a
+checkpoint of the base has no place for those, so they stay beside it.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from torch import nn
 from deltatune.config import TargetedConfig, register
 from deltatune.core.copies import ValueDelta
 from deltatune.core.edits import Edit
-from deltatune.core.sites import Site, base_modules, bias_sites, excluded, in_layers, saved_modules, select
+from deltatune.core.sites import Site, base_modules, bias_sites, excluded, select, vector_sites
 from deltatune.core.weights import WeightRef
-from deltatune.errors import TargetError
+from deltatune.errors import ConfigError
+from deltatune.methods.lora_bias import added_bias
 
 
 @register
@@ -26,28 +31,37 @@ class BitFitConfig(TargetedConfig):
 
     Args:
         target_modules: the modules whose biases train (name endings or a regular expression); all if None.
+        added_modules: layers without a bias that get one (name endings or a regular expression). With these alone,
+            no other bias trains.
+
+    Raises:
+        ConfigError: a layer of `added_modules` has a bias already, or nothing can be added to it.
     """
+
+    added_modules: list[str] | set[str] | str | None = None
 
     method: ClassVar[str] = "BITFIT"
     summary: ClassVar[str] = "bias vectors only"
     paper: ClassVar[str] = "arXiv 2106.10199"
 
     def sites(self, model: nn.Module) -> list[Site]:
-        paths = [p for p, _ in base_modules(model)]
-        biased = {s.name for s in bias_sites(model)}
-        if not biased:
-            raise TargetError(f"this {type(model).__name__} has no bias vectors, so BitFit has nothing to train")
-        found = {"bias": [p for p in paths if p in biased]}
-        if self.target_modules:
-            found = select(self.target_modules, paths, "target_modules", nearby=sorted(biased))
-            for pattern, hits in found.items():
-                if not biased.intersection(hits):
-                    raise TargetError(f"target_modules {pattern!r} matches modules, but none has a bias")
-        found = in_layers(self, found)
+        added = self._added(model)
+        if added and not self.target_modules:
+            return added
+        return vector_sites(model, self, bias_sites(model), "bias") + added
+
+    def _added(self, model: nn.Module) -> list[Site]:
+        if not self.added_modules:
+            return []
+        paths = [p for p, _ in base_modules(model) if p]
         drop = excluded(self, paths)
-        copied = saved_modules(model, self)
-        chosen = {p for hits in found.values() for p in hits if p not in drop}
-        return [s for s in bias_sites(model, chosen) if not any(f"{s.name}.".startswith(f"{c}.") for c in copied)]
+        found = select(self.added_modules, paths, "added_modules")
+        return [Site(p, None, pattern=pattern) for pattern, hits in found.items() for p in hits if p not in drop]
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
         return ValueDelta(ref)
+
+    def build_module(self, module: nn.Module, site: Site) -> Edit | Sequence[Edit]:
+        if module._parameters.get("bias") is not None:
+            raise ConfigError(f"added_modules: {site.name!r} has a bias already; name it in target_modules")
+        return added_bias(module, site, 1.0, "added_modules", name="tuned_bias", leaf=None, file_name="bias")

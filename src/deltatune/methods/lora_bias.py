@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ class AddedBias(Edit):
 
     no_merge = "adds a bias to a layer that has none"
 
-    def __init__(self, ref: WeightRef, scale: float) -> None:
+    def __init__(self, ref: WeightRef, scale: float, **slot: Any) -> None:
         super().__init__()
         self.ref, self.scale = ref, scale
-        self.beta = self.tensor("lora_B", torch.zeros(ref.shape[-2], device=ref.device), leaf="bias")
+        self.beta = self.tensor(value=torch.zeros(ref.shape[-2], device=ref.device), **slot)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self.ref.align(self.scale * self.beta.weight, y)
@@ -63,8 +64,13 @@ def _bias_of(module: nn.Module, site: Site) -> Site:
     return replace(site, parameter=name if has else None, pattern=PATTERN)
 
 
-def added_bias(module: nn.Module, site: Site, scale: float) -> AddedBias:
+def added_bias(
+    module: nn.Module, site: Site, scale: float, option: str = "lora_bias", name: str = "lora_B", **slot: Any
+) -> AddedBias:
     """The edit of a layer without bias.
+
+    Args:
+        option: what asked for it. name, slot: of its tensor; see `Slot`.
 
     Raises:
         ConfigError: nothing can be added to this module's output.
@@ -72,5 +78,5 @@ def added_bias(module: nn.Module, site: Site, scale: float) -> AddedBias:
     ref = WeightRef(module, "weight", site.rows) if "weight" in module._parameters else None
     if ref is None or not ref.bypass or ref.op.looks_up:
         kind = type(module).__name__
-        raise ConfigError(f"lora_bias is not possible for {site.name!r}: {kind} has no bias that B's could join")
-    return AddedBias(ref, scale)
+        raise ConfigError(f"{option} is not possible for {site.name!r}: {kind} has no bias that B's could join")
+    return AddedBias(ref, scale, name=name, **{"leaf": "bias", **slot})

@@ -1,0 +1,143 @@
+"""FISH Mask: Training Neural Networks with Fixed Sparse Masks (arXiv 2111.09839).
+
+    F_i = Σ over samples (∂ loss(x, y) / ∂ θ_i)²        the entries with the largest F train, the others are frozen
+
+F is the diagonal of the empirical Fisher information, so gradients are taken of one sample at a time, with dropout off.
+All weights share one threshold, and the mask is fixed for the whole training:
+
+    config = FishMaskConfig(keep_ratio=0.005)
+    prepare_init(model, config, batches)        # the paper takes 1024 samples
+    model = get_peft_model(model, config)
+
+Entries are saved as positions and values. Merging adds them, exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.config import register
+from deltatune.core.edits import Edit
+from deltatune.core.sites import Site
+from deltatune.core.weights import WeightRef
+from deltatune.errors import ConfigError
+from deltatune.inits._watch import GradientWatch
+from deltatune.inits.data import COLLECTORS, Collector, as_base, rows_of_batch, summed
+from deltatune.methods._sparse import ChosenConfig, name_of, share_of
+
+
+@register
+@dataclass
+class FishMaskConfig(ChosenConfig):
+    """FISH Mask; the fields of chosen entries, and:
+
+    Args:
+        keep_ratio: share of the competing entries that train, in (0, 1].
+        score: what is summed over samples: squares of gradients, or their magnitudes.
+
+    Raises:
+        ConfigError: a value is out of range, or no data were seen.
+    """
+
+    keep_ratio: float = 0.005
+    score: Literal["square", "absolute"] = "square"
+
+    method: ClassVar[str] = "FISH_MASK"
+    summary: ClassVar[str] = "the entries with the largest Fisher information train"
+    paper: ClassVar[str] = "arXiv 2111.09839"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share_of(1, self.keep_ratio, "keep_ratio")
+        if self.score not in ("square", "absolute"):
+            raise ConfigError(f'score must be "square" or "absolute", not {self.score!r}')
+
+    @classmethod
+    def example(cls, **fields: Any) -> FishMaskConfig:
+        return cls(**{"kept": {r"(layer|out_proj)(\..*)?": 6}, **fields})
+
+    def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
+        if not self.settled:
+            raise ConfigError(
+                "FISH Mask looks at data first: call prepare_init(model, config, batches) before get_peft_model"
+            )
+        return super().build(ref, site)
+
+
+class FisherCollector(Collector):
+    """Sums of squared gradients, a sample at a time."""
+
+    backward = True
+    title = "FISH Mask"
+
+    def __init__(self, model: nn.Module, config: FishMaskConfig) -> None:
+        super().__init__(model, config)
+        config.kept, config.prepared = {}, None  # a new choice
+        self.refs: dict[str, WeightRef] = {}
+        for site in config.candidates(self.root):
+            assert site.parameter is not None
+            ref = WeightRef(self.root.get_submodule(site.path), site.parameter, site.rows)
+            if not ref.store.exact or not ref.param.is_floating_point():
+                raise ConfigError(
+                    f"FISH Mask needs the gradient of {site.name!r}, whose weight is quantised; choose on the base in "
+                    "full precision"
+                )
+            self.refs[name_of(site)] = ref
+        #: id of a parameter -> the sum of its scores, in its own layout
+        self.sums: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def _evaluating(self, model: nn.Module) -> Iterator[nn.Module]:
+        training = [m for m in self.root.modules() if m.training]
+        self.root.eval()
+        try:
+            with as_base(model) as base:
+                yield base
+        finally:
+            for module in training:
+                module.training = True
+
+    def running(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        return self._evaluating(model)
+
+    def watch(self) -> GradientWatch:
+        return GradientWatch(self.root, (ref.param for ref in self.refs.values()), self._add)
+
+    def parts(self, batch: Any) -> Iterable[Any]:
+        return rows_of_batch(batch)
+
+    def _add(self, key: int, grad: Tensor) -> None:
+        score = grad.square() if self.config.score == "square" else grad.abs()
+        self.sums[key] = self.sums[key] + score if key in self.sums else score
+
+    def scores(self) -> dict[str, Tensor]:
+        """name of a weight -> the score of every entry, `(*batch, out, in)`, over all processes.
+
+        Raises:
+            ConfigError: no gradient reached a weight, or one is not finite.
+        """
+        sums = {key: summed(score) for key, score in self.sums.items()}
+        found = {}
+        for name, ref in self.refs.items():
+            if id(ref.param) not in sums:
+                raise ConfigError(f"FISH Mask: no batch gave {name!r} a gradient; leave it out, or check the loss")
+            score = ref.take(ref.op.matrix(sums[id(ref.param)]))
+            if not torch.isfinite(score).all():
+                raise ConfigError(f"FISH Mask: the gradient of {name!r} is not finite")
+            found[name] = score
+        return found
+
+    def finish(self) -> Any:
+        scores = self.scores()
+        keep = share_of(sum(s.numel() for s in scores.values()), self.config.keep_ratio, "keep_ratio")
+        self.config.choose(scores, keep)
+        return self.config.prepared
+
+
+COLLECTORS[FishMaskConfig.method] = FisherCollector
