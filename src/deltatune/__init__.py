@@ -55,7 +55,9 @@ _WHERE: dict[str, str] = {
     "AdaLoraConfig": "deltatune.methods.adalora",
     "AdaptionPromptConfig": "deltatune.methods.adaption_prompt",
     "BitFitConfig": "deltatune.methods.bitfit",
+    "DiffPruningConfig": "deltatune.methods.diff_pruning",
     "EvaConfig": "deltatune.inits.eva",
+    "FarConfig": "deltatune.methods.far",
     "FishMaskConfig": "deltatune.methods.fish_mask",
     "FullConfig": "deltatune.methods.full",
     "HiraConfig": "deltatune.methods.hira",
@@ -139,6 +141,8 @@ if TYPE_CHECKING:
     from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from deltatune.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
+    from deltatune.methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
+    from deltatune.methods.far import FarConfig as FarConfig
     from deltatune.methods.fish_mask import FishMaskConfig as FishMaskConfig
     from deltatune.methods.full import FullConfig as FullConfig
     from deltatune.methods.hira import HiraConfig as HiraConfig

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.adapters import LOW_PRECISION, AdapterSet, adapters_of
+from deltatune.core.copies import ModuleCopy
+from deltatune.core.edits import Slot
 from deltatune.core.ops import VectorOp
 from deltatune.core.sharded import whole
 from deltatune.core.weights import WeightRef
@@ -253,7 +255,7 @@ def prepared_start(request: Request) -> Start:
 
 
 def reattach(adapters: AdapterSet, name: str) -> None:
-    """Builds an adapter anew from its configuration, in its old place.
+    """Builds an adapter anew from its configuration, in its old place; whole copies of modules keep their numbers.
 
     Raises:
         ConfigError: it is merged.
@@ -266,13 +268,22 @@ def reattach(adapters: AdapterSet, name: str) -> None:
     config, active, order = adapters.configs[name], adapters.plan.active, list(adapters.configs)
     tensors = adapters.parameters(name)
     trains = any(t.requires_grad for t in tensors)
+    copied = _copies(adapters, name)
     adapters.delete(name)
     adapters.add(config, name, float32=not any(t.dtype in LOW_PRECISION for t in tensors))
+    with torch.no_grad():
+        for key, slot in _copies(adapters, name).items():
+            slot.weight.copy_(copied[key].weight)
     for table in (adapters.configs, adapters.edits):
         for other in order:  # an adapter that is added goes last
             table[other] = table.pop(other)  # type: ignore[assignment]
     adapters.set_requires_grad(name, trains)
     adapters.activate(active)
+
+
+def _copies(adapters: AdapterSet, name: str) -> dict[str, Slot]:
+    """The tensors of the modules that an adapter trains whole."""
+    return {slot.key: slot for edit in adapters.edits[name] if isinstance(edit, ModuleCopy) for slot in edit.slots}
 
 
 def check_file_name(option: str, path: str | None) -> None:
