@@ -64,7 +64,7 @@ def test_impossible_values(options, message):
 
 
 def test_other_methods():
-    with pytest.raises(ValueError, match="has no bias vectors"):
+    with pytest.raises(ValueError, match="has a bias, so nothing would train"):
         get_peft_model(llama(), BitFitConfig())
     with pytest.raises(ValueError, match="FullConfig needs target_modules"):
         FullConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,9 @@ class ChosenConfig(TargetedConfig):
             return every
         check_patterns(self.kept, [name_of(s) for s in every], "kept")
         return [s for s in every if self.count(s)]
+
+    def written(self, model: nn.Module) -> dict[str, Any]:
+        return {}  # "all-linear" says that all vectors compete too
 
     def count(self, site: Site) -> int:
         """How many entries of a weight train."""

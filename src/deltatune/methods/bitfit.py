@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -57,6 +57,9 @@ class BitFitConfig(TargetedConfig):
         drop = excluded(self, paths)
         found = select(self.added_modules, paths, "added_modules")
         return [Site(p, None, pattern=pattern) for pattern, hits in found.items() for p in hits if p not in drop]
+
+    def written(self, model: nn.Module) -> dict[str, Any]:
+        return {}  # no target means all biases, here as there
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
         return ValueDelta(ref)
