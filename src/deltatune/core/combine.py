@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import prompts
-from deltatune.core.edits import Args, Delta, Edit, KVEdit, Kwargs, LowRank, ModuleEdit, PromptEdit
+from deltatune.core.edits import Args, Delta, Edit, KVEdit, Kwargs, LowRank, ModuleEdit, PromptEdit, Witness
 from deltatune.core.lazy import LowRankWeight
 from deltatune.core.plan import RowPlan, State
 from deltatune.errors import CannotMergeError, MixedBatchError
@@ -106,6 +106,9 @@ def is_additive(edit: Edit) -> bool:
 
 def run(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -> Any:
     """A hosted module's call under `state`: its prompts around everything else."""
+    for edit in host.edits_of(state.adapters):
+        if isinstance(edit, Witness):
+            edit.see(args, kwargs)
     groups = prompts.groups_of(host, state)
     if not groups:
         return run_layer(host, base, state, args, kwargs)
@@ -120,7 +123,7 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
     """A hosted module's call under the edits that are no prompts."""
     if state.rows is not None:
         return run_rows(host, base, state.rows, args, kwargs)
-    edits = host.edits_of(state.names)
+    edits = [e for e in host.edits_of(state.names) if not isinstance(e, Witness)]
     if not edits:
         return base(*args, **kwargs)
     for edit in edits:
@@ -177,7 +180,7 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
 
 def _row_edits(host: Any, name: str) -> list[Edit]:
     """An adapter's edits on this module; prompts and attention edits see to their rows themselves."""
-    return [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit))]
+    return [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit, Witness))]
 
 
 def _rerun(base: Base, edits: Sequence[Edit], index: Tensor, args: Args, kwargs: Kwargs, where: str) -> Tensor | None:

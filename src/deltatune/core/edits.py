@@ -325,6 +325,14 @@ class LowRank(Delta):
         return self.ref.factored_rows(x.unsqueeze(1), a[rows], b[rows])
 
 
+class Witness(Edit):
+    """Sees a module's call and changes nothing; other edits of its adapter read what it noted."""
+
+    def see(self, args: Args, kwargs: Kwargs) -> None:
+        """Called before the module, with the whole batch."""
+        raise NotImplementedError
+
+
 class ModuleEdit(Edit):
     """Takes over the whole call of a module (a fully trained copy, for one)."""
 

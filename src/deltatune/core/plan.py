@@ -87,6 +87,15 @@ class State:
     names: tuple[str, ...] = ()
     rows: RowPlan | None = None
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """All that take part in the call."""
+        return self.names if self.rows is None else tuple(name for name, _ in self.rows.groups)
+
+    def rows_of(self, adapter: str) -> tuple[int, ...] | None:
+        """The batch rows that an adapter has in this call; None for all."""
+        return None if self.rows is None else dict(self.rows.groups).get(adapter, ())
+
 
 class Plan:
     """Shared by every host of one model."""

@@ -26,6 +26,7 @@ from deltatune.config import TargetedConfig, register
 from deltatune.core.edits import Delta, Edit
 from deltatune.core.ops import VectorOp
 from deltatune.core.sites import Site, bias_sites, check_patterns, pattern_value
+from deltatune.core.structure import chosen_sites, feedforward, find_blocks
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
 from deltatune.inits.data import reattach
@@ -87,7 +88,11 @@ class FarConfig(TargetedConfig):
     variants: ClassVar[dict[str, dict[str, Any]]] = {"learners": {"learners": {"layer|out_proj": [5, 0, 2]}}}
 
     def sites(self, model: nn.Module) -> list[Site]:
-        weights = super().sites(model)
+        if self.target_modules is None:
+            paths = [path for block in find_blocks(model) for path in feedforward(model, block)]
+            weights = chosen_sites(model, self, paths)
+        else:
+            weights = super().sites(model)
         names = [site.name for site in weights]
         check_patterns(self.learners, names, "learners")
         biases = {(s.path, s.home): s for s in bias_sites(model, names)}

@@ -20,7 +20,8 @@ from deltatune.config import TargetedConfig, register
 from deltatune.core.adapters import AdapterSet
 from deltatune.core.edits import Delta, Edit, Slot
 from deltatune.core.ops import ConvOp
-from deltatune.core.sites import Site, select, short_names
+from deltatune.core.sites import Site, parameter_sites, select, short_names
+from deltatune.core.structure import attention_layers, chosen_sites, feedforward_outputs, find_blocks, fused_experts
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
 
@@ -74,11 +75,13 @@ class InputGain(Delta):
 
     def __init__(self, ref: WeightRef, ones: bool) -> None:
         super().__init__(ref)
-        self.l = self.tensor(NAME, _start(ref, ref.op.inputs(ref.module, ref.shape), (1, -1), ones), leaf=None)
+        experts = ref.shape[:-2].numel()
+        value = _start(ref, experts * ref.op.inputs(ref.module, ref.shape), (experts, -1), ones)
+        self.l = self.tensor(NAME, value, leaf=None)
 
     def gain(self) -> Tensor:
-        """l, `(in,)`."""
-        return self.l.weight.flatten()
+        """l, `(in,)`, or `(experts, 1, in)`."""
+        return self.l.weight.unsqueeze(-2) if len(self.ref.shape) > 2 else self.l.weight.flatten()
 
     def merged(self, w: Tensor) -> Tensor:
         return w * self.ref.op.columns(self.ref.module, self.gain().to(w.dtype))
@@ -112,7 +115,9 @@ class IA3Config(TargetedConfig):
 
     Args:
         target_modules: as everywhere; None finds keys, values (or the fused projection) and the feed-forward's output
-            from the structure.
+            from the structure, that of fused experts too.
+        target_parameters: fused `(experts, out, in)` weights, every input of which gets a gain per expert. The weights
+            of all experts are formed at every call.
         feedforward_modules: those of the targets whose input is scaled, and not their output: name endings or a
             regular expression; None with given targets means none.
         fan_in_fan_out: accepted for peft's sake; the storage order is read from the layer itself.
@@ -125,12 +130,13 @@ class IA3Config(TargetedConfig):
     feedforward_modules: list[str] | set[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
-    #: paths of the modules whose input is scaled, found by `sites`
+    target_parameters: list[str] | None = None
+    #: keys of the sites whose input is scaled, found by `sites`
     inputs: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     method: ClassVar[str] = "IA3"
     summary: ClassVar[str] = "gains on keys, values and the feed-forward's hidden units"
-    ours: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+    ours: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern", "target_parameters")
     paper: ClassVar[str] = "arXiv 2205.05638"
     variants: ClassVar[dict[str, dict[str, Any]]] = {"feedforward": {"feedforward_modules": ["layer"]}}
 
@@ -142,18 +148,34 @@ class IA3Config(TargetedConfig):
             raise ConfigError("feedforward_modules names some of target_modules, so target_modules must be given too")
 
     def sites(self, model: nn.Module) -> list[Site]:
-        sites = super().sites(model)
-        names = [site.name for site in sites]
-        wanted = self.feedforward_modules or []
-        found = select(wanted, names, "feedforward_modules") if wanted else {}
-        self.inputs = {path for hits in found.values() for path in hits}
-        return sites
+        if self.target_modules is None:
+            sites, inputs, parameters = self._found(model)
+        else:
+            sites, parameters = super().sites(model), self.target_parameters or []
+            wanted = self.feedforward_modules or []
+            found = select(wanted, [site.name for site in sites], "feedforward_modules") if wanted else {}
+            inputs = {path for hits in found.values() for path in hits}
+        experts = parameter_sites(model, parameters)
+        self.inputs = {s.key for s in sites if s.name in inputs} | {s.key for s in experts}
+        return sites + experts
+
+    def _found(self, model: nn.Module) -> tuple[list[Site], set[str], list[str]]:
+        """(sites, paths of those whose input is scaled, fused experts) of the structure."""
+        blocks = find_blocks(model)
+        outputs = [path for block in blocks for path in feedforward_outputs(model, block)]
+        sites = chosen_sites(model, self, [*attention_layers(model, ("k", "v")), *outputs])
+        fused = self.target_parameters
+        if fused is None:
+            fused = [name for block in blocks for name in fused_experts(model, block)]
+        return sites, set(outputs), fused
 
     def written(self, model: nn.Module) -> dict[str, Any]:
         values = super().written(model)
         if self.target_modules is None:
-            self.sites(model)
-            values["feedforward_modules"] = set(short_names(model, sorted(self.inputs)).values())
+            sites, inputs, parameters = self._found(model)
+            names = [s.name for s in sites if s.name in inputs]
+            values["feedforward_modules"] = set(short_names(model, names).values())
+            values["target_parameters"] = parameters or None
         return values
 
     def add_weighted(self, adapters: AdapterSet, names: Sequence[str], weights: Sequence[float], name: str) -> bool:
@@ -168,7 +190,7 @@ class IA3Config(TargetedConfig):
         return True
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
-        if site.name in self.inputs:
+        if site.key in self.inputs:
             if ref.op.looks_up:
                 raise ConfigError(
                     f"{site.name!r} is an embedding, whose inputs are token ids that nothing can scale; leave it out "
