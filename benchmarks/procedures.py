@@ -130,7 +130,7 @@ def language(folder: Path) -> Question:
 
 def memory(folder: Path) -> Question:
     entries = {
-        "LISA": Entry(WHOLE, (2e-5, 5e-5), {"name": "lisa", "layers": 2, "every": 5}),
+        "LISA": Entry(WHOLE, (2e-5, 1e-4), {"name": "lisa", "layers": 2, "every": 5}),
         "LoRA, equal memory": Entry({**LORA, **LINEAR, "r": 64, "lora_alpha": 128}, (5e-4, 1e-3)),
     }
     return smollm2(folder, 3, entries)
@@ -197,7 +197,7 @@ def scratch(folder: Path) -> Question:
     # for one low-rank run that trains the rest in full as ReLoRA does: no restart before the end
     once = {"name": "relora", "cycle": 359, "restart_warmup": 10, "reset": "zero"}
     entries = {
-        "all weights": Entry(None, (3e-3,)),
+        "all weights": Entry(None, (3e-3, 1e-2)),
         "one LoRA": Entry(pair, (3e-3, 6e-3), once),
         "ReLoRA": Entry(pair, (3e-3, 6e-3), relora),
         "one LoRA, warm start": Entry(pair, (6e-3,), {**once, "warm_start": 90, "cycle": 269}),

@@ -8,6 +8,8 @@ from typing import Any
 
 from docs_text import code, markdown
 
+from deltatune.schedules import PROCEDURES
+
 #: page -> (title, introduction, names: "module:name", or "module" for all that the module defines)
 PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "models": (
@@ -63,6 +65,22 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "deltatune.inits:Request",
             "deltatune.inits:Start",
             "deltatune.inits:register_init",
+        ),
+    ),
+    "procedures": (
+        "Training procedures",
+        "What happens over time, from `deltatune.schedules`; see [Training procedures](../procedures.md).",
+        (
+            "deltatune.schedules:attach",
+            "deltatune.schedules:mark",
+            "deltatune.schedules:Attached",
+            "deltatune.train.procedures:ProcedureCallback",
+            *(f"{cls.__module__}:{cls.__name__}" for cls in map(PROCEDURES.get, sorted(PROCEDURES)) if cls),
+            "deltatune.schedules.lora_plus:lora_plus_groups",
+            "deltatune.schedules:Procedure",
+            "deltatune.schedules:Schedule",
+            "deltatune.schedules:Run",
+            "deltatune.schedules:Rate",
         ),
     ),
     "train": (

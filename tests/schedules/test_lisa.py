@@ -170,11 +170,3 @@ def test_an_optimiser_that_cannot_free_its_state_is_refused():
     model = plain()
     with pytest.raises(ConfigError, match="Adagrad makes its state once"):
         attach(model, torch.optim.Adagrad(model.parameters()), Lisa(1, 3), total_steps=STEPS)
-
-
-def test_a_quantised_base_is_refused(monkeypatch):
-    from deltatune.stores import DenseStore
-
-    monkeypatch.setattr(DenseStore, "exact", False)
-    with pytest.raises(ConfigError, match="is stored quantised"):
-        start(plain())

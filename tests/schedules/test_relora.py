@@ -199,16 +199,6 @@ def test_what_cannot_be_drawn_anew_is_refused(fields):
         start(model_of(**fields))
 
 
-def test_a_quantised_base_is_refused():
-    from deltatune.stores import find_store
-
-    model = model_of()
-    for delta in model.adapters.deltas("default"):
-        delta.ref.store = type("Rounded", (type(find_store(delta.ref.param)),), {"exact": False})()
-    with pytest.raises(ConfigError, match="is stored quantised.*load the base in 16 or 32 bits"):
-        start(model)
-
-
 def test_8_bit_moments_are_dropped_and_not_pruned():
     bnb = pytest.importorskip("bitsandbytes")
     model = get_peft_model(
