@@ -96,6 +96,8 @@ class Screen:
             try:
                 line = input(prompt)
             except EOFError:
+                if self.terminal:
+                    common.write_now("\n")  # the shell's prompt starts a line of its own
                 return "\n".join(lines) if lines else None
             if not line.endswith("\\"):
                 return "\n".join([*lines, line])
