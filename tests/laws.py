@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deltatune import PeftModel, get_peft_model
 from deltatune.config import TargetedConfig, known_methods
 from deltatune.errors import DeltatuneError
+from quantised import HERE
 
 
 class Net(nn.Module):
@@ -39,11 +40,18 @@ class AttentionNet(Net):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of layer: how to make its network, and an input of 6 rows."""
+    """A kind of layer: how to make its network, and an input of 6 rows.
+
+    Attributes:
+        loose: what the layer's own arithmetic adds to a tolerance (int8 multiplication).
+        pickles: False for layers whose library cannot pickle them.
+    """
 
     name: str
     net: Callable[[], Net]
     x: Callable[[], Tensor]
+    loose: float = 0.0
+    pickles: bool = True
 
 
 def _conv1d_transposed() -> Net:
@@ -77,6 +85,20 @@ KINDS = [
     ),
     Kind("layernorm", lambda: Net(_norm(), 16), lambda: torch.randn(6, 3, 16)),
 ]
+
+
+def _quantised(name: str) -> Kind:
+    def net() -> Net:
+        made = Net(nn.Linear(64, 32), 32)
+        made.layer = HERE[name](made.layer)
+        made.layer.support_avx512bf16_for_cpu = False  # bitsandbytes would repack the bytes in inference
+        return made
+
+    return Kind(f"linear_{name}", net, lambda: torch.randn(6, 3, 64), 2e-2 * (name == "bnb_int8"), name[:2] != "ao")
+
+
+#: linear layers in the quantised storages that are installed: each stands for its family
+QUANTISED = [_quantised(n) for n in ("nf4", "bnb_nf4", "bnb_int8", "ao_int8", "hqq_4", "gptq") if n in HERE]
 STORES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 METHOD_NAMES = sorted(
     name

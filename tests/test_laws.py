@@ -17,14 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from deltatune import PeftModel
 from deltatune.errors import CannotMergeError, MixedBatchError
-from laws import KINDS, METHOD_NAMES, STORES, Kind, config_for, make, refusal, shake
+from laws import KINDS, METHOD_NAMES, QUANTISED, STORES, Kind, config_for, make, refusal, shake
 
 refused = functools.cache(refusal)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
 
 cells = pytest.mark.parametrize(
     ("method", "kind", "store"),
-    [pytest.param(m, k, s, id=f"{m}-{k.name}-{s}") for m in METHOD_NAMES for k in KINDS for s in STORES],
+    [pytest.param(m, k, s, id=f"{m}-{k.name}-{s}") for m in METHOD_NAMES for k in KINDS for s in STORES]
+    + [pytest.param(m, k, "float32", id=f"{m}-{k.name}") for m in METHOD_NAMES for k in QUANTISED],
 )
 
 
@@ -73,7 +74,7 @@ def test_L2_live_equals_merged(cell, method, kind, store, request):
         except CannotMergeError as error:
             note(request, error)
             return
-        assert torch.allclose(model(x).float(), live.float(), atol=TOLERANCE[STORES[store]])
+        assert torch.allclose(model(x).float(), live.float(), atol=TOLERANCE[STORES[store]] + kind.loose)
         with model.disable_adapter():
             base = model(x)
         model.unmerge_adapter()
@@ -166,7 +167,7 @@ def test_L6_mixed_batch_equals_separate_runs(cell, method, kind, store, request)
     except MixedBatchError as error:
         note(request, error)
         return
-    tolerance = TOLERANCE[STORES[store]]
+    tolerance = TOLERANCE[STORES[store]] + kind.loose
     assert torch.allclose(mixed, wanted, atol=tolerance)
     together = torch.autograd.grad((mixed * weights).sum(), params)
     for a, b in zip(separate, together, strict=True):
@@ -181,7 +182,8 @@ def test_L7_transparent(cell, method, kind, store, request):
     shake(model)
     live = model(x)
     assert torch.equal(copy.deepcopy(model)(x), live)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), live)
+    if kind.pickles:
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), live)
     params = [p for p in model.parameters() if p.requires_grad]
     plain = torch.autograd.grad(live.square().sum(), params)
     out = checkpoint(model, x, use_reentrant=False)

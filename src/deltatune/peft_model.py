@@ -132,9 +132,22 @@ class BaseTuner(nn.Module):
         return supports_lora_conversion(self.model, adapter_name)
 
     # ------------------------------------------------------------------ merging
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Folds adapters (the active ones if none are named) into the base's weights, reversibly."""
-        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge)
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        into: Literal["dense", "same"] = "dense",
+    ) -> None:
+        """Folds adapters (the active ones if none are named) into the base's weights, reversibly.
+
+        Args:
+            into: what a weight in few bits becomes: an ordinary one, or one of the same storage (which rounds).
+        """
+        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=_same(into))
+
+    def set_merge_aware(self, enabled: bool = True) -> None:
+        """Makes adapters on quantised weights run, and train, as a merge into the same storage would leave them."""
+        self.adapters.merge_aware(enabled)
 
     def unmerge_adapter(self) -> None:
         """Gives the base its own numbers back, bit for bit."""
@@ -143,15 +156,26 @@ class BaseTuner(nn.Module):
         self.adapters.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        into: Literal["dense", "same"] = "dense",
     ) -> nn.Module:
         """The base with adapters folded into it and no trace of them otherwise.
+
+        Args:
+            into: `"dense"` gives a model of ordinary weights in 16 or 32 bits; `"same"` keeps a quantised base's
+                storage and rounds the merged weights to it.
 
         Raises:
             CannotMergeError: an adapter has no equivalent weight.
         """
-        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge)
-        return self.adapters.remove_all()
+        from deltatune.stores.dense import dequantize_model
+
+        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=_same(into))
+        base = self.adapters.remove_all()
+        return base if _same(into) else dequantize_model(base)
 
     def unload(self) -> nn.Module:
         """The plain base, bit for bit as it was before any adapter.
@@ -162,6 +186,12 @@ class BaseTuner(nn.Module):
         self.adapters.check_base()
         self.adapters.unmerge()
         return self.adapters.remove_all()
+
+
+def _same(into: str) -> bool:
+    if into not in ("dense", "same"):
+        raise ConfigError(f'into must be "dense" or "same", not {into!r}')
+    return into == "same"
 
 
 class PeftModel(nn.Module):

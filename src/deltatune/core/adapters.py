@@ -69,7 +69,7 @@ class AdapterSet:
             raise ConfigError(f"{type(config).__name__} gives no edits; a method's configuration is needed")
         undo = config.prepare(self.root)
         try:
-            with torch.device("meta") if meta else contextlib.nullcontext():
+            with self.merged.base_in_place(), torch.device("meta") if meta else contextlib.nullcontext():
                 bank, made = self._build(config)
             if not any(edits for _, edits in made):
                 raise ConfigError(f"{type(config).__name__} changes nothing in this model")
@@ -179,7 +179,7 @@ class AdapterSet:
     def remove_all(self) -> nn.Module:
         """Takes every adapter out and returns the plain base; what is merged stays in the weights."""
         self.plan.merged = ()
-        self.merged.forget()
+        self.merged.bake()
         for name in list(self.configs):
             self.delete(name)
         self.root.__dict__.pop(ATTRIBUTE, None)
@@ -279,15 +279,18 @@ class AdapterSet:
                     param.requires_grad_(value)
 
     # ------------------------------------------------------------------ merging
-    def merge(self, names: Sequence[str], *, safe: bool = False) -> None:
+    def merge(self, names: Sequence[str], *, safe: bool = False, same: bool = False) -> None:
         """Folds adapters into the base weights, in float32; the originals are kept for `unmerge`.
+
+        Args:
+            same: into the base's own storage, which rounds where that is quantised; otherwise into dense weights.
 
         Raises:
             CannotMergeError: one of them has no equivalent weight. ConfigError: a result is not finite.
         """
         self.check(*names)
         all_names = (*self.plan.merged, *(n for n in names if n not in self.plan.merged))
-        self.merged.fold([(n, self.edits[n]) for n in all_names], safe=safe, root=self.root)
+        self.merged.fold([(n, self.edits[n]) for n in all_names], safe=safe, root=self.root, same=same)
         for name in self.configs:
             self.merged.tell(self.deltas(name))
         self.plan.merged = all_names
@@ -296,12 +299,38 @@ class AdapterSet:
     def unmerge(self, names: Sequence[str] | None = None) -> None:
         """Gives the base its own numbers back, bit for bit; others that were merged stay merged."""
         gone = self.plan.merged if names is None else tuple(names)
-        rest = tuple(n for n in self.plan.merged if n not in gone)
+        rest, same = tuple(n for n in self.plan.merged if n not in gone), self.merged.same
         self.merged.restore(self.root)
         self.plan.merged = ()
         if rest:
-            self.merge(rest)
+            self.merge(rest, same=same)
         self.plan.refresh()
+
+    def merge_aware(self, value: bool = True) -> None:
+        """Makes live adapters compute with the weight that a merge into the base's own storage would leave, or not.
+
+        Raises:
+            ConfigError: no quantised weight is adapted, or a method drops inputs at random.
+            CannotMergeError: a storage cannot be written back.
+        """
+        if value:
+            deltas = [d for name in self.configs for d in self.deltas(name) if not d.ref.store.exact]
+            if not deltas:
+                raise ConfigError(
+                    "merge-aware training needs an adapted weight that is stored in few bits, and this base has none; "
+                    "load it with load_in_4bit or load_in_8bit, or leave merge_aware out"
+                )
+            for config in self.configs.values():
+                for name, chance in vars(config).items():
+                    if name.endswith("dropout") and chance:
+                        raise ConfigError(
+                            f"merge-aware training folds the adapter into the weight, so {name}={chance} has no input "
+                            f"to act on; set {name}=0"
+                        )
+            with torch.no_grad():
+                for store in {type(d.ref.store): d for d in deltas}.values():
+                    store.ref.store.save(store.ref.param, store.ref.store.load(store.ref.param))
+        self.plan.rounds = value
 
     # ------------------------------------------------------------------ looking
     def parameters(self, name: str) -> list[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import prompts
+from deltatune.core import prompts, rounding
 from deltatune.core.edits import Args, Delta, Edit, KVEdit, Kwargs, LowRank, ModuleEdit, PromptEdit, Witness
 from deltatune.core.lazy import LowRankWeight
 from deltatune.core.plan import RowPlan, State
@@ -129,6 +129,8 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
     for edit in edits:
         args, kwargs = edit.pre(args, kwargs)
     additive = [e for e in edits if is_additive(e)]
+    if host.plan.rounds:
+        additive = rounding.join(additive)
     if not additive:
         return call(base, edits, args, kwargs)
     x = first_tensor(args, kwargs)
@@ -180,7 +182,8 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
 
 def _row_edits(host: Any, name: str) -> list[Edit]:
     """An adapter's edits on this module; prompts and attention edits see to their rows themselves."""
-    return [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit, Witness))]
+    edits = [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit, Witness))]
+    return rounding.join(edits) if host.plan.rounds else edits
 
 
 def _rerun(base: Base, edits: Sequence[Edit], index: Tensor, args: Args, kwargs: Kwargs, where: str) -> Tensor | None:

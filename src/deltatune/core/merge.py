@@ -1,18 +1,27 @@
-"""Merging, written once: fold in float32, keep the base's own parameters, give them back bit for bit."""
+"""Merging, written once: fold in float32, keep the base's own parameters, give them back bit for bit.
+
+A weight in few bits becomes an ordinary dense weight (its layer an ordinary layer) where its store says which, since
+writing back rounds the adapter away; `same=True` asks for the storage the base has.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.core.bank import Bank
 from deltatune.core.combine import fold, refuse_merge
 from deltatune.core.edits import Delta, Edit, ModuleEdit
+from deltatune.core.hosts import Host, hosted_class
+from deltatune.core.sites import base_modules
 from deltatune.errors import ConfigError
+from deltatune.stores import find_store, put_weight, strip, table_of, weight_of
 
 #: where a module keeps a tensor: its parameters or its buffers
 Place = tuple[nn.Module, str]
@@ -31,40 +40,63 @@ def evaluating(edits: Sequence[Edit]) -> Iterator[None]:
             module.training = True
 
 
+@dataclass
+class New:
+    """A merged tensor, where it goes, and the class that its module needs to compute with it."""
+
+    owner: nn.Module
+    leaf: str
+    value: Any
+    kind: type
+    deltas: Sequence[Delta] = ()
+
+
 class Merged:
     """The base's own tensors while others stand in their place."""
 
     def __init__(self) -> None:
         #: (id of the owner, leaf) -> the base's own parameter
-        self.originals: dict[tuple[int, str], Tensor] = {}
-        self._places: dict[tuple[int, str], tuple[nn.Module, Tensor]] = {}
+        self.originals: dict[tuple[int, str], Any] = {}
+        self._places: dict[tuple[int, str], New] = {}
+        #: the modules' own classes and the order of their tensors
+        self._before: dict[int, tuple[type, list[str]]] = {}
         self._refs: list[Delta] = []
         self._tied: Any = None
+        #: whether the base's own storage was kept
+        self.same = False
 
     def __bool__(self) -> bool:
         return bool(self.originals)
 
     @torch.no_grad()
-    def fold(self, adapters: Sequence[tuple[str, Sequence[Edit]]], *, safe: bool, root: nn.Module) -> None:
-        """Puts the folded weights of all these adapters in place; nothing changes if one cannot merge."""
+    def fold(
+        self, adapters: Sequence[tuple[str, Sequence[Edit]]], *, safe: bool, root: nn.Module, same: bool = False
+    ) -> None:
+        """Puts the folded weights of all these adapters in place; nothing changes if one cannot merge.
+
+        Args:
+            same: keep the base's storage, which rounds where that is quantised.
+        """
         edits = [edit for _, es in adapters for edit in es if not isinstance(edit, Bank)]
         for edit in edits:
             if not isinstance(edit, (Delta, ModuleEdit)):
                 raise refuse_merge(edit, getattr(edit.host, "path", ""))
         with evaluating(edits):
-            new = [*self._folded_deltas(edits, safe), *self._replaced(edits)]
-        self._untie(root, [owner for owner, *_ in new])
-        for owner, leaf, tensor, deltas in new:
-            key = (id(owner), leaf)
+            new = [*self._folded_deltas(edits, safe, same, root), *self._replaced(edits)]
+        self.same = same
+        self._untie(root, [n.owner for n in new])
+        for n in new:
+            key = (id(n.owner), n.leaf)
             if key not in self.originals:
-                self.originals[key] = _table(owner, leaf)[leaf]
-            self._places[key] = (owner, tensor)
-            _table(owner, leaf)[leaf] = tensor
-            for delta in deltas:
+                self._before.setdefault(id(n.owner), (type(n.owner), list(n.owner._parameters)))
+                self.originals[key] = weight_of(n.owner, n.leaf)
+            self._places[key] = n
+            put_weight(n.owner, n.leaf, n.value, n.kind)
+            for delta in n.deltas:
                 delta.ref.original = self.originals[key]
         self._refs += [e for e in edits if isinstance(e, Delta)]
 
-    def _folded_deltas(self, edits: Sequence[Edit], safe: bool) -> Iterator[tuple[nn.Module, str, Tensor, list[Delta]]]:
+    def _folded_deltas(self, edits: Sequence[Edit], safe: bool, same: bool, root: nn.Module) -> Iterator[New]:
         groups: dict[tuple[int, str], list[Delta]] = {}
         for edit in edits:
             if isinstance(edit, Delta):
@@ -76,16 +108,23 @@ class Merged:
                 raise ConfigError(
                     f"merging {ref.module.path!r} would give numbers that are not finite; the adapter is broken"
                 )
-            yield ref.owner, ref.leaf, ref.store.save(ref.param, full), deltas
+            own = self._before.get(id(ref.owner), (type(ref.owner), []))[0]
+            plain = None if same or ref.store.exact else getattr(ref.store, "dense_layer", None)
+            if plain is None:
+                yield New(ref.owner, ref.leaf, ref.store.save(ref.param, full), own, deltas)
+            else:
+                dense = nn.Parameter(full.to(dense_dtype(ref.store, ref.param, root)), requires_grad=False)
+                yield New(ref.owner, ref.leaf, dense, plain_class(own, plain), deltas)
 
-    def _replaced(self, edits: Sequence[Edit]) -> Iterator[tuple[nn.Module, str, Tensor, list[Delta]]]:
+    def _replaced(self, edits: Sequence[Edit]) -> Iterator[New]:
         for edit in edits:
             if isinstance(edit, ModuleEdit):
                 for owner, leaf, tensor in edit.replacements():
-                    own = _table(owner, leaf)[leaf]
+                    own = table_of(owner, leaf)[leaf]
                     value = tensor.detach().to(own.dtype).clone() if own is not None else tensor
                     is_param = isinstance(own, nn.Parameter)
-                    yield owner, leaf, nn.Parameter(value, own.requires_grad) if is_param else value, []
+                    value = nn.Parameter(value, own.requires_grad) if is_param else value
+                    yield New(owner, leaf, value, type(owner))
 
     def _untie(self, root: nn.Module, owners: Sequence[nn.Module]) -> None:
         """A merged weight is no longer its tied partner's: say so in the model's configuration."""
@@ -108,29 +147,60 @@ class Merged:
 
     def restore(self, root: nn.Module) -> None:
         """Puts the base's own tensors back."""
-        for key, (owner, _) in self._places.items():
-            _table(owner, key[1])[key[1]] = self.originals[key]
+        self._put_originals()
         if self._tied is not None:
             self._tied.tie_word_embeddings = True
+        self.forget()
+
+    def _put_originals(self) -> None:
+        for key, n in self._places.items():
+            kind, order = self._before[id(n.owner)]
+            put_weight(n.owner, n.leaf, self.originals[key], kind)
+            reorder(n.owner, order)
+
+    def bake(self) -> None:
+        """Makes what is merged stay: nothing of the originals is kept, on the layers either."""
+        for key, n in self._places.items():
+            if self._before[id(n.owner)][0] is not n.kind:
+                strip(n.owner, find_store(self.originals[key]))
         self.forget()
 
     def forget(self) -> None:
         """Lets the originals go: what is merged stays for good."""
         for delta in self._refs:
             delta.ref.original = None
-        self.originals, self._places, self._refs, self._tied = {}, {}, [], None
+        self.originals, self._places, self._before, self._refs, self._tied = {}, {}, {}, [], None
 
     @contextlib.contextmanager
     def base_in_place(self) -> Iterator[None]:
         """Runs the body with the base's own tensors, then puts the merged ones back."""
-        for key, (owner, _) in self._places.items():
-            _table(owner, key[1])[key[1]] = self.originals[key]
+        self._put_originals()
         try:
             yield
         finally:
-            for key, (owner, tensor) in self._places.items():
-                _table(owner, key[1])[key[1]] = tensor
+            for n in self._places.values():
+                put_weight(n.owner, n.leaf, n.value, n.kind)
 
 
-def _table(owner: nn.Module, leaf: str) -> dict[str, Any]:
-    return owner._parameters if leaf in owner._parameters else owner._buffers
+def plain_class(own: type, plain: type[nn.Module]) -> type:
+    """The class of a layer with a dense weight in place of `own`, hosted as that is."""
+    return hosted_class(plain) if issubclass(own, Host) else plain
+
+
+def dense_dtype(store: Any, param: Any, root: nn.Module) -> torch.dtype:
+    """The type of a dense weight in place of `param`: what its layer computes in, else what the model is in."""
+    if getattr(store, "own_dtype", True):
+        return store.dtype(param)  # type: ignore[no-any-return]
+    counts: Counter[torch.dtype] = Counter()
+    for _, module in base_modules(root):
+        for p in module._parameters.values():
+            if p is not None and p.is_floating_point() and find_store(p).exact:
+                counts[p.dtype] += p.numel()
+    return counts.most_common(1)[0][0] if counts else store.dtype(param)
+
+
+def reorder(owner: nn.Module, names: Sequence[str]) -> None:
+    """Puts a module's parameters into the order they had."""
+    table = owner._parameters
+    for name in [n for n in names if n in table]:
+        table[name] = table.pop(name)

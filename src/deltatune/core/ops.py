@@ -258,6 +258,9 @@ LINEAR = LinearOp()
 #: layer class (qualified name) -> how its `weight` maps. Subclasses inherit the entry.
 OPS: dict[str, LinearOp] = {
     "torch.nn.modules.linear.Linear": LINEAR,
+    "deltatune.stores.nf4_layer.Nf4Linear": LINEAR,
+    "hqq.core.quantize.HQQLinear": LINEAR,
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": LINEAR,
     "transformers.pytorch_utils.Conv1D": TransposedOp(),
     "torch.nn.modules.sparse.Embedding": EmbeddingOp(),
     "torch.nn.modules.conv.Conv1d": ConvOp(F.conv1d),

@@ -104,6 +104,8 @@ class Plan:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.enabled = True
+        #: merge-aware: quantised weights run as a merge into their storage would leave them
+        self.rounds = False
         self.state = State()
         #: one task number per row of this call, for methods with a prompt per task
         self.tasks: torch.Tensor | None = None

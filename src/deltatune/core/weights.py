@@ -6,12 +6,14 @@ All dispatch happens when the ref is made; `load`, `factored` and the rest are s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.ops import BIASED, LINEAR, ExpertsOp, LinearOp, VectorOp, can_bypass, find_op
-from deltatune.stores import find_store
+from deltatune.stores import find_layer, find_store
 
 Rows = slice | Tensor | None
 
@@ -35,7 +37,8 @@ class WeightRef:
         parent, _, self.leaf = name.rpartition(".")
         self.owner = module.get_submodule(parent)
         #: the base's own parameter while a merge has put another in its place
-        self.original: Tensor | None = None
+        self.original: Any = None
+        self._layer = find_layer(self.owner) if self.leaf == "weight" else None
         self.store = find_store(self.param)
         raw_shape = self.store.shape(self.param)
         self.op, self.bypass = self._choose_op(len(raw_shape))
@@ -46,6 +49,8 @@ class WeightRef:
         self.shape = torch.Size([*self.full_shape[:-2], self._count_rows(), self.full_shape[-1]])
 
     def _choose_op(self, ndim: int) -> tuple[LinearOp, bool]:
+        if self._layer is not None:
+            return LINEAR, True
         if self.name == "weight" and ndim > 1:
             op = find_op(self.module)
             return op or LINEAR, op is not None and can_bypass(self.module)
@@ -66,10 +71,12 @@ class WeightRef:
 
     # ------------------------------------------------------------------ the stored side
     @property
-    def param(self) -> Tensor:
-        """The base's own parameter, also while something is merged."""
+    def param(self) -> Any:
+        """The base's own parameter (or `Packed` weight), also while something is merged."""
         if self.original is not None:
             return self.original
+        if self._layer is not None:
+            return self._layer.gather(self.owner)
         p = self.owner._parameters[self.leaf]
         assert p is not None
         return p
@@ -80,7 +87,7 @@ class WeightRef:
 
     @property
     def device(self) -> torch.device:
-        return self.param.device
+        return self.param.device  # type: ignore[no-any-return]
 
     def load(self) -> Tensor:
         """Our rows of the base's weight, `(*batch, out, in)` in float32 (float64 stays)."""

@@ -1,9 +1,16 @@
-"""HOW a weight is stored: one small class per storage, `load` and `save`, nothing else."""
+"""HOW a weight is stored: one small class per storage, `load` and `save`, nothing else.
+
+Most storages are a class of parameter (`STORES`). Some layers spread one weight over several tensors (integers, scales,
+zero-points); those are known by the class of the layer (`LAYERS`), and their weight is one `Packed`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +19,75 @@ from deltatune.core.ops import class_names
 
 
 class Store(Protocol):
-    """How frozen numbers are kept. Stores hold no state of their own."""
+    """How frozen numbers are kept. Stores hold no state of their own.
+
+    A store may have `dense_layer`, the class of an ordinary layer that computes the same from a dense weight; merging
+    then goes into a dense weight unless it is asked to round. `leftovers` are the layer's attributes to drop when that
+    is for good, and `own_dtype = False` says that the layer takes inputs of any floating type.
+    """
 
     #: False where `save` rounds (quantised formats), so that merging reports an error instead of a surprise
     exact: bool
 
-    def shape(self, param: Tensor) -> torch.Size:
+    def shape(self, param: Any) -> torch.Size:
         """The logical shape of the weight, whatever the packed tensor's shape is."""
 
-    def dtype(self, param: Tensor) -> torch.dtype:
+    def dtype(self, param: Any) -> torch.dtype:
         """The floating type in which the layer computes."""
 
-    def load(self, param: Tensor) -> Tensor:
+    def load(self, param: Any) -> Tensor:
         """The numbers as an ordinary tensor of the logical shape, detached."""
 
-    def save(self, param: Tensor, value: Tensor) -> nn.Parameter:
+    def save(self, param: Any, value: Tensor) -> Any:
         """A new parameter of the same storage that holds `value`; `param` is left as it was."""
+
+
+@dataclass(eq=False)
+class Packed:
+    """A weight that a layer keeps in several tensors; stands where a parameter does.
+
+    Attributes:
+        tensors: name in the layer -> tensor.
+        about: whatever else reading needs (bits, shape, group size), by the layer's attribute or the store's own name.
+    """
+
+    store: LayerStore
+    tensors: dict[str, Tensor]
+    about: dict[str, Any] = field(default_factory=dict)
+    requires_grad = False
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.tensors.values()))
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def is_meta(self) -> bool:
+        return self._first.is_meta
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def is_floating_point(self) -> bool:
+        return False
+
+
+class LayerStore(Store, Protocol):
+    """A storage that is known by the layer."""
+
+    def gather(self, layer: nn.Module) -> Packed:
+        """The layer's weight; its tensors are the layer's own."""
+
+    def scatter(self, layer: nn.Module, packed: Packed) -> None:
+        """Puts a weight into the layer."""
 
 
 class DenseStore:
@@ -50,6 +110,8 @@ class DenseStore:
 
 #: class of the parameter (qualified name) -> store
 STORES: dict[str, Store] = {"torch.nn.parameter.Parameter": DenseStore()}
+#: class of the layer (qualified name) -> store
+LAYERS: dict[str, LayerStore] = {}
 
 
 def register_store(class_name: str, store: Store) -> None:
@@ -57,15 +119,89 @@ def register_store(class_name: str, store: Store) -> None:
     STORES[class_name] = store
 
 
-#: package of the parameter's class -> the module here that knows its storages, imported when one is met
-BACKENDS: dict[str, str] = {"bitsandbytes": "deltatune.stores.bnb"}
+def register_layer(class_name: str, store: LayerStore) -> None:
+    """Teach the core a layer that spreads its weight over several tensors; its map is `y = x Wᵀ + b`."""
+    LAYERS[class_name] = store
 
 
-def find_store(param: Tensor) -> Store:
+#: package of the class of a parameter or layer -> the module here that knows its storages, imported when one is met
+BACKENDS: dict[str, str] = {
+    "bitsandbytes": "deltatune.stores.bnb",
+    "torchao": "deltatune.stores.ao",
+    "hqq": "deltatune.stores.hqq",
+    "gptqmodel": "deltatune.stores.gptq",
+}
+
+
+def find_store(param: Any) -> Store:
     """The store for a parameter, by its class; ordinary tensors are dense."""
+    if isinstance(param, Packed):
+        return param.store
     names = class_names(type(param)) + class_names(type(param.data))
+    _import_backends(names)
+    return next((STORES[n] for n in names if n in STORES), STORES["torch.nn.parameter.Parameter"])
+
+
+def find_layer(layer: nn.Module) -> LayerStore | None:
+    """The store of a layer that spreads its weight over several tensors; None for layers with a `weight`."""
+    names = class_names(type(layer))
+    _import_backends(names)
+    return next((LAYERS[n] for n in names if n in LAYERS), None)
+
+
+def _import_backends(names: Sequence[str]) -> None:
     for name in names:
         package = name.partition(".")[0]
         if package in BACKENDS:
             import_module(BACKENDS[package])
-    return next((STORES[n] for n in names if n in STORES), STORES["torch.nn.parameter.Parameter"])
+
+
+def quantised(layer: nn.Module) -> Any | None:
+    """The weight of a layer in few bits (a parameter or a `Packed`); None for every other module."""
+    packed = find_layer(layer)
+    if packed is not None:
+        return packed.gather(layer)
+    param = layer._parameters.get("weight")
+    return param if param is not None and not find_store(param).exact else None
+
+
+# ---------------------------------------------------------------------- another weight in a layer's place
+def weight_of(owner: nn.Module, leaf: str) -> Any:
+    """What a module holds as its parameter, buffer or packed weight `leaf`."""
+    packed = find_layer(owner) if leaf == "weight" else None
+    return packed.gather(owner) if packed is not None else table_of(owner, leaf)[leaf]
+
+
+def put_weight(owner: nn.Module, leaf: str, value: Any, kind: type | None = None) -> None:
+    """Puts another weight into a module, which becomes a `kind` if that is given (a dense layer for a packed one)."""
+    before = find_layer(owner) if leaf == "weight" else None
+    if kind is not None and kind is not type(owner):
+        if before is not None and not isinstance(value, Packed):
+            for name in before.gather(owner).tensors:
+                for table in (owner._parameters, owner._buffers):
+                    table.pop(name, None)
+        owner.__class__ = kind
+        if "_old_forward" in owner.__dict__:  # accelerate's hook calls what was the class's forward
+            plain: Any = getattr(kind, "_plain", kind)
+            owner.__dict__["_old_forward"] = partial(plain.forward, owner)
+    if not isinstance(value, Packed):
+        table_of(owner, leaf)[leaf] = value
+        return
+    if leaf not in value.tensors:
+        owner._parameters.pop(leaf, None)
+    value.store.scatter(owner, value)
+
+
+def strip(owner: nn.Module, store: Any) -> None:
+    """Lets a layer that has a dense weight for good drop what its storage kept beside the weight."""
+    for name in getattr(store, "leftovers", ()):
+        owner.__dict__.pop(name, None)
+        owner._buffers.pop(name, None)
+    bias = owner.__dict__.pop("bias", None)
+    if isinstance(bias, Tensor):  # a plain attribute, which no state dict would hold
+        owner.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
+
+
+def table_of(owner: nn.Module, leaf: str) -> dict[str, Any]:
+    """The dictionary of a module that holds, or is to hold, the tensor `leaf`."""
+    return owner._buffers if leaf in owner._buffers else owner._parameters

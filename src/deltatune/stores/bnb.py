@@ -1,76 +1,122 @@
-"""bitsandbytes: 4-bit (NF4, FP4, double quantisation) and 8-bit weights.
+"""bitsandbytes: 4-bit (NF4, FP4, double quantisation, any block size) and 8-bit weights.
 
-Reading unpacks to the type the layer computes in. Writing back would round the change away, so `save` is refused; the
-library is imported only where one of its weights is met.
+Reading unpacks to the type the layer computes in. Writing quantises again with the weight's own settings, which rounds.
+The library is imported only where one of its weights is met.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 
-from deltatune.errors import CannotMergeError
-from deltatune.stores import register_store
-
-
-def _refuse() -> CannotMergeError:
-    return CannotMergeError(
-        "this base is stored in few bits, and merging into them would round the adapter away; load the base in 16 bits "
-        "and merge there (deltatune merge does so)"
-    )
+from deltatune.stores import Packed, register_layer, register_store
+from deltatune.stores.nf4 import from_codes, unpack
 
 
 class Bnb4Store:
     """`Params4bit`: two numbers a byte, with one scale per block."""
 
     exact = False
+    dense_layer: ClassVar[type[nn.Module]] = nn.Linear
+    leftovers = ("quant_state",)
 
     def shape(self, param: Any) -> torch.Size:
         state = param.quant_state
         return torch.Size(state.shape) if state is not None else torch.Size(param.shape)
 
     def dtype(self, param: Any) -> torch.dtype:
-        dtype: torch.dtype = param.quant_state.dtype if param.quant_state is not None else param.dtype
+        state = param.quant_state
+        dtype: torch.dtype = param.dtype if state is None else getattr(state, "original_dtype", state.dtype)
         return dtype
 
     def load(self, param: Any) -> Tensor:
         if param.quant_state is None:  # not moved to its device yet, so not packed
             return param.data.detach()  # type: ignore[no-any-return]
-        from bitsandbytes import functional
-
         data, state = param.data, param.quant_state
         if getattr(state, "packing_format_for_cpu", False):
             # the layer repacked itself for its CPU kernel at the first inference, scales rounded to bfloat16; reading
             # wants the usual order, and the function that gives it writes into the state it is given
             data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
-        return functional.dequantize_4bit(data, state).view(self.shape(param))  # type: ignore[no-any-return]
+        shape = self.shape(param)
+        if data.device.type == "cpu" and (shape[-1] % state.blocksize or state.blocksize > 4096):
+            return _by_hand(data, state, shape).to(self.dtype(param))
+        return functional.dequantize_4bit(data, state).view(shape).to(self.dtype(param))  # type: ignore[no-any-return]
 
-    def save(self, param: Tensor, value: Tensor) -> nn.Parameter:
-        raise _refuse()
+    def save(self, param: Any, value: Tensor) -> nn.Parameter:
+        packed, state = functional.quantize_4bit(
+            value.to(param.device, self.dtype(param)).contiguous(),
+            blocksize=param.blocksize,
+            compress_statistics=param.compress_statistics,
+            quant_type=param.quant_type,
+            quant_storage=param.quant_storage,
+        )
+        made: nn.Parameter = Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=param.blocksize,
+            compress_statistics=param.compress_statistics,
+            quant_type=param.quant_type,
+            quant_storage=param.quant_storage,
+            module=param.module,
+            bnb_quantized=True,
+        )
+        return made
+
+
+def _by_hand(data: Tensor, state: Any, shape: torch.Size) -> Tensor:
+    """bitsandbytes' CPU kernel misreads blocks that do not end where rows do."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    index = unpack(data.view(torch.uint8), shape.numel())
+    return from_codes(index, absmax.float(), state.code, state.blocksize).view(shape)
 
 
 class Bnb8Store:
-    """`Int8Params`: one byte a number, with one scale per output row."""
+    """`Linear8bitLt`: one byte a number and one scale per output row, which the layer takes over at its first call."""
 
     exact = False
+    #: it computes in float16 whatever the rest of the model is in
+    own_dtype = False
+    leftovers = ("state",)
+    dense_layer: ClassVar[type[nn.Module]] = nn.Linear
 
-    def shape(self, param: Tensor) -> torch.Size:
-        return param.shape
+    def shape(self, packed: Packed) -> torch.Size:
+        return packed.tensors["weight"].shape
 
-    def dtype(self, param: Tensor) -> torch.dtype:
+    def dtype(self, packed: Packed) -> torch.dtype:
         return torch.float16
 
-    def load(self, param: Any) -> Tensor:
-        if param.SCB is None:
-            return param.data.detach()  # type: ignore[no-any-return]
-        return (param.data.float() * param.SCB.float().unsqueeze(1) / 127).to(torch.float16)  # type: ignore[no-any-return]
+    def load(self, packed: Packed) -> Tensor:
+        weight, scale = packed.tensors["weight"], packed.about["SCB"]
+        if scale is None:  # not on its device yet, so not quantised
+            return weight.data.detach()
+        numbers: Tensor = weight.data.float() * scale.float().unsqueeze(1) / 127
+        return numbers
 
-    def save(self, param: Tensor, value: Tensor) -> nn.Parameter:
-        raise _refuse()
+    def save(self, packed: Packed, value: Tensor) -> Packed:
+        old: Any = packed.tensors["weight"]
+        codes, scale, _ = functional.int8_vectorwise_quant(value.to(old.device, torch.float16).contiguous())
+        made: Any = Int8Params(codes, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+        return Packed(self, {"weight": made}, {"SCB": scale})
+
+    def gather(self, layer: Any) -> Packed:
+        weight = layer._parameters["weight"]
+        scale = getattr(weight, "SCB", None)
+        return Packed(self, {"weight": weight}, {"SCB": layer.state.SCB if scale is None else scale})
+
+    def scatter(self, layer: Any, packed: Packed) -> None:
+        weight: Any = packed.tensors["weight"]
+        weight.CB, weight.SCB = weight.data, packed.about["SCB"]  # the layer takes them at its next call
+        layer.state.CB = layer.state.SCB = None
+        layer._parameters["weight"] = weight
 
 
 register_store("bitsandbytes.nn.modules.Params4bit", Bnb4Store())
-register_store("bitsandbytes.nn.modules.Int8Params", Bnb8Store())
+register_layer("bitsandbytes.nn.modules.Linear8bitLt", Bnb8Store())

@@ -1,0 +1,123 @@
+"""torchao: weights that are tensor subclasses in an ordinary linear layer (int8, int4, intx, NF4, float8).
+
+Reading asks the tensor to unpack itself. Writing quantises again with the settings that the tensor carries; a kind that
+is not in `MAKERS` trains and merges into dense weights, and only writing back is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.errors import CannotMergeError
+from deltatune.stores import register_store
+
+
+def _granularity(param: Any) -> Any:
+    """What torchao calls the blocks of a tensor: whole, by row or by group."""
+    from torchao.quantization.granularity import PerGroup, PerRow, PerTensor
+
+    block, shape = list(param.block_size), list(param.shape)
+    if block == shape:
+        return PerTensor()
+    return PerRow() if block[-1] == shape[-1] else PerGroup(block[-1])
+
+
+def _int8(param: Any, value: Tensor) -> Tensor:
+    made: Tensor = type(param).from_hp(
+        value, granularity=_granularity(param), act_quant_kwargs=param.act_quant_kwargs, reduce_range=param.reduce_range
+    )
+    return made
+
+
+def _intx(param: Any, value: Tensor) -> Tensor:
+    """Groups that still fit their grid keep it, since torchao's own choice does not give a grid back."""
+    from torchao.quantization.quant_primitives import MappingType
+
+    kind = MappingType.ASYMMETRIC if bool(param.zero_point.any()) else MappingType.SYMMETRIC
+    block, same = tuple(param.block_size), {"activation_quantization": param.activation_quantization}
+    new: Any = type(param).from_hp(value, block, param.target_dtype, mapping_type=kind, **same)
+    half = 2 ** (int(str(param.target_dtype).removeprefix("torch.int")) - 1)
+    groups = value.float().view(*value.shape[:-1], -1, block[-1])  # (out, groups, n)
+    at = groups / param.scale.float().unsqueeze(-1) + param.zero_point.float().unsqueeze(-1)
+    fits = ((at > -half - 0.5) & (at < half - 0.5)).all(-1)
+    made: Tensor = type(param).from_hp(
+        value,
+        block,
+        param.target_dtype,
+        intx_choose_qparams_algorithm=None,
+        custom_scale=torch.where(fits, param.scale, new.scale),
+        custom_zero_point=torch.where(fits, param.zero_point, new.zero_point),
+        **same,
+    )
+    return made
+
+
+def _int4(param: Any, value: Tensor) -> Tensor:
+    made: Tensor = type(param).from_hp(value.to(torch.bfloat16), list(param.block_size))
+    return made
+
+
+def _float8(param: Any, value: Tensor) -> Tensor:
+    made: Tensor = type(param).from_hp(
+        value,
+        float8_dtype=param.qdata.dtype,
+        granularity=_granularity(param),
+        mm_config=param.mm_config,
+        kernel_preference=param.kernel_preference,
+        act_quant_kwargs=param.act_quant_kwargs,
+    )
+    return made
+
+
+def _nf4(param: Any, value: Tensor) -> Tensor:
+    made: Tensor = type(param).from_tensor(value.contiguous(), param.block_size, param.scaler_block_size)
+    return made
+
+
+#: name of a tensor class -> how a tensor with the same settings is made of other numbers
+MAKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "Int8Tensor": _int8,
+    "IntxUnpackedToInt8Tensor": _intx,
+    "Int4Tensor": _int4,
+    "Int4TilePackedTo4dTensor": _int4,
+    "Float8Tensor": _float8,
+    "NF4Tensor": _nf4,
+}
+
+
+class TorchAoStore:
+    """One of torchao's tensors."""
+
+    exact = False
+    dense_layer: ClassVar[type[nn.Module]] = nn.Linear
+
+    def shape(self, param: Tensor) -> torch.Size:
+        return param.shape
+
+    def dtype(self, param: Tensor) -> torch.dtype:
+        return param.dtype
+
+    def load(self, param: Any) -> Tensor:
+        with torch.no_grad():
+            unpack = getattr(param, "get_original_weight", None) or param.dequantize
+            return unpack().detach()  # type: ignore[no-any-return]
+
+    def save(self, param: Any, value: Tensor) -> nn.Parameter:
+        name = type(param.data).__name__
+        if name not in MAKERS:
+            raise CannotMergeError(
+                f"torchao's {name} cannot be written back; merge into dense weights instead (the default)"
+            )
+        with torch.no_grad():
+            made = MAKERS[name](param, value.to(param.device, param.dtype).contiguous())
+        return nn.Parameter(made, requires_grad=False)
+
+
+_STORE = TorchAoStore()
+register_store("torchao.utils.TorchAOBaseTensor", _STORE)
+for _place in ("dtypes.nf4tensor", "quantization.quantize_.workflows.nf4.nf4_tensor"):  # it moved between releases
+    register_store(f"torchao.{_place}.NF4Tensor", _STORE)

@@ -1,0 +1,66 @@
+"""HQQ: groups of numbers with a scale and a zero-point that half-quadratic optimisation has chosen.
+
+Writing runs HQQ's own quantiser with the layer's own settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.stores import Packed, register_layer
+
+
+class HqqStore:
+    """The weight of an `HQQLinear`: `W_q` and the dictionary `meta`."""
+
+    exact = False
+    dense_layer: ClassVar[type[nn.Module]] = nn.Linear
+    leftovers = ("meta", "quant_config", "linear_layer")
+
+    def shape(self, packed: Packed) -> torch.Size:
+        return torch.Size(packed.about["meta"]["shape"])
+
+    def dtype(self, packed: Packed) -> torch.dtype:
+        dtype: torch.dtype = packed.about["dtype"]
+        return dtype
+
+    def load(self, packed: Packed) -> Tensor:
+        from hqq.core.quantize import Quantizer
+
+        meta = {**packed.about["meta"], "compute_dtype": torch.float32}
+        for name in ("scale", "zero"):
+            meta[name] = meta[name].float()
+        numbers: Tensor = Quantizer.dequantize(packed.tensors["W_q"].detach(), meta)
+        return numbers.to(self.dtype(packed))
+
+    def save(self, packed: Packed, value: Tensor) -> Packed:
+        from hqq.core.quantize import Quantizer
+
+        codes, meta = Quantizer.quantize(
+            value.float(),
+            device=str(packed.device),
+            compute_dtype=self.dtype(packed),
+            **packed.about["options"],
+        )
+        meta |= {k: v for k, v in packed.about["meta"].items() if k not in meta}
+        for name in ("scale", "zero"):
+            old = packed.about["meta"][name]
+            meta[name] = meta[name].to(old.device, old.dtype)
+        made = nn.Parameter(codes.to(packed.device), requires_grad=False)
+        return Packed(self, {"W_q": made}, {**packed.about, "meta": meta})
+
+    def gather(self, layer: Any) -> Packed:
+        options = layer.quant_config["weight_quant_params"]
+        about = {"meta": layer.meta, "dtype": layer.compute_dtype, "options": options}
+        return Packed(self, {"W_q": layer.W_q}, about)
+
+    def scatter(self, layer: Any, packed: Packed) -> None:
+        layer.__dict__.pop("W_q", None)
+        layer._parameters["W_q"] = packed.tensors["W_q"]
+        layer.meta = packed.about["meta"]
+
+
+register_layer("hqq.core.quantize.HQQLinear", HqqStore())
