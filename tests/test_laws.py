@@ -42,6 +42,11 @@ def cell(request, method: str, kind: Kind, store: str):
     return make(method, kind, STORES[store])
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """What is stored, for tensors that cannot be compared."""
+    return tensor.qdata if hasattr(tensor, "qdata") else tensor
+
+
 def note(request, text: object) -> None:
     request.node.user_properties.append(("note", str(text)))
 
@@ -98,7 +103,7 @@ def test_L3_unmerge_restores_bits(cell, method, kind, store, request):
     model.unmerge_adapter()
     after = dict(model.named_parameters())
     assert list(after) == list(before)
-    assert all(torch.equal(after[n], p) for n, p in before.items())
+    assert all(torch.equal(bits(after[n]), bits(p)) for n, p in before.items())
     assert torch.equal(model(x), live)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from deltatune.core.edits import Args, Delta, Kwargs, ModuleEdit, Slot, container_at
 from deltatune.core.weights import WeightRef
+from deltatune.errors import ConfigError
+from deltatune.stores import quantised
 
 MODULES_TO_SAVE = "modules_to_save"
 
@@ -40,11 +42,23 @@ class CopySlot(Slot):
         self.key = f"{path}.{self.file_name}" if path else self.file_name
 
 
+def refuse_quantised(module: nn.Module) -> None:
+    """A copy of packed bytes cannot train."""
+    for path, part in module.named_modules():
+        if quantised(part) is not None:
+            name = path or type(module).__name__
+            raise ConfigError(
+                f"{name!r} is stored in few bits, so a copy of it cannot train: keep it in 16 bits "
+                "(llm_int8_skip_modules), or adapt it with a method that adds to the weight"
+            )
+
+
 class ModuleCopy(ModuleEdit):
     """A trained copy of a module, called in its place: `<module>.modules_to_save.<adapter>`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        refuse_quantised(module)
         self.original = module
         self.copy = copy_module(module)
         for path, part in self.copy.named_modules():

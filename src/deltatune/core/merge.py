@@ -42,12 +42,12 @@ def evaluating(edits: Sequence[Edit]) -> Iterator[None]:
 
 @dataclass
 class New:
-    """A merged tensor, where it goes, and the class that its module needs to compute with it."""
+    """A merged tensor, where it goes, and the class that its module needs to compute with it (None: any)."""
 
     owner: nn.Module
     leaf: str
     value: Any
-    kind: type
+    kind: type | None
     deltas: Sequence[Delta] = ()
 
 
@@ -111,7 +111,8 @@ class Merged:
             own = self._before.get(id(ref.owner), (type(ref.owner), []))[0]
             plain = None if same or ref.store.exact else getattr(ref.store, "dense_layer", None)
             if plain is None:
-                yield New(ref.owner, ref.leaf, ref.store.save(ref.param, full), own, deltas)
+                kind = None if ref.store.exact else own
+                yield New(ref.owner, ref.leaf, ref.store.save(ref.param, full), kind, deltas)
             else:
                 dense = nn.Parameter(full.to(dense_dtype(ref.store, ref.param, root)), requires_grad=False)
                 yield New(ref.owner, ref.leaf, dense, plain_class(own, plain), deltas)
@@ -124,7 +125,7 @@ class Merged:
                     value = tensor.detach().to(own.dtype).clone() if own is not None else tensor
                     is_param = isinstance(own, nn.Parameter)
                     value = nn.Parameter(value, own.requires_grad) if is_param else value
-                    yield New(owner, leaf, value, type(owner))
+                    yield New(owner, leaf, value, None)
 
     def _untie(self, root: nn.Module, owners: Sequence[nn.Module]) -> None:
         """A merged weight is no longer its tied partner's: say so in the model's configuration."""
@@ -161,7 +162,7 @@ class Merged:
     def bake(self) -> None:
         """Makes what is merged stay: nothing of the originals is kept, on the layers either."""
         for key, n in self._places.items():
-            if self._before[id(n.owner)][0] is not n.kind:
+            if n.kind is not None and self._before[id(n.owner)][0] is not n.kind:
                 strip(n.owner, find_store(self.originals[key]))
         self.forget()
 

@@ -73,6 +73,10 @@ class Packed:
         return self._first.dtype
 
     @property
+    def shape(self) -> torch.Size:
+        return self.store.shape(self)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
