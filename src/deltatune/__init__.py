@@ -55,6 +55,10 @@ _WHERE: dict[str, str] = {
     "AdaLoraConfig": "deltatune.methods.adalora",
     "AdaptionPromptConfig": "deltatune.methods.adaption_prompt",
     "BitFitConfig": "deltatune.methods.bitfit",
+    "BottleneckConfig": "deltatune.methods.bottleneck",
+    "HoulsbyConfig": "deltatune.methods.bottleneck",
+    "ParallelConfig": "deltatune.methods.bottleneck",
+    "PfeifferConfig": "deltatune.methods.bottleneck",
     "DiffPruningConfig": "deltatune.methods.diff_pruning",
     "EvaConfig": "deltatune.inits.eva",
     "FarConfig": "deltatune.methods.far",
@@ -141,6 +145,10 @@ if TYPE_CHECKING:
     from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
     from deltatune.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
+    from deltatune.methods.bottleneck import BottleneckConfig as BottleneckConfig
+    from deltatune.methods.bottleneck import HoulsbyConfig as HoulsbyConfig
+    from deltatune.methods.bottleneck import ParallelConfig as ParallelConfig
+    from deltatune.methods.bottleneck import PfeifferConfig as PfeifferConfig
     from deltatune.methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
     from deltatune.methods.far import FarConfig as FarConfig
     from deltatune.methods.fish_mask import FishMaskConfig as FishMaskConfig

@@ -156,12 +156,13 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
     Edits that say so (`Edit.group`) share one product over the rows of all their adapters.
     """
     groups = [(edits, r) for n, r in rows.groups if (edits := _row_edits(host, n))]
+    where = f"{type(host).__name__} {host.path!r}"
+    args, kwargs = _pre_rows(groups, rows, args, kwargs, where)
     out = base(*args, **kwargs)
     if not groups:
         return out
     y = out[0] if isinstance(out, tuple) else out
     x = first_tensor(args, kwargs)
-    where = f"{type(host).__name__} {host.path!r}"
     total = y
     together: dict[Hashable, list[tuple[Edit, tuple[int, ...]]]] = {}
     for edits, members in groups:
@@ -186,9 +187,38 @@ def _row_edits(host: Any, name: str) -> list[Edit]:
     return rounding.join(edits) if host.plan.rounds else edits
 
 
+def changes_input(edit: Edit) -> bool:
+    """Whether this edit does nothing but replace the module's input."""
+    kind = type(edit)
+    return kind.pre is not Edit.pre and kind.update is Edit.update and not isinstance(edit, (Delta, ModuleEdit))
+
+
+def _pre_rows(
+    groups: Sequence[tuple[list[Edit], tuple[int, ...]]], rows: RowPlan, args: Args, kwargs: Kwargs, where: str
+) -> tuple[Args, Kwargs]:
+    """The module's input with every adapter's change of it on its own rows."""
+    changing = [(edits, r) for edits, r in groups if any(changes_input(e) for e in edits)]
+    if not changing:
+        return args, kwargs
+    if len(args) + len(kwargs) != 1:
+        raise MixedBatchError(
+            f"{where} takes several inputs, so adapter_names cannot change the input of single rows; run the adapters "
+            "one by one"
+        )
+    x = first_tensor(args, kwargs)
+    new = x
+    for edits, members in changing:
+        index = rows.index(members, x.shape[0], x.device, where)
+        inner: tuple[Args, Kwargs] = ((x[index],), {})
+        for edit in edits:
+            inner = edit.pre(*inner) if changes_input(edit) else inner
+        new = new.index_copy(0, index, first_tensor(*inner).to(new.dtype))
+    return (new,), {}
+
+
 def _rerun(base: Base, edits: Sequence[Edit], index: Tensor, args: Args, kwargs: Kwargs, where: str) -> Tensor | None:
     """The module's call on one adapter's rows, where an edit is not additive; None where all are."""
-    others = [e for e in edits if not is_additive(e)]
+    others = [e for e in edits if not is_additive(e) and not changes_input(e)]
     if not others:
         return None
     for edit in others:

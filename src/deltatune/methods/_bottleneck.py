@@ -1,0 +1,177 @@
+"""The block that every bottleneck adapter is made of, and the places in a transformer where one stands.
+
+Ad(h) = s · g(h) · (U f(D h + b_D) + b_U)          D: (m, d), U: (d, m), m = d / reduction_factor
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltatune.core.edits import Args, Edit, Kwargs, Slot, Witness
+from deltatune.errors import ConfigError, hint
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leakyrelu": F.leaky_relu,
+    "linear": lambda x: x,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The non-linearity of this name; raises ConfigError with the nearest one."""
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"non_linearity {name!r} is not known{hint(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Dense:
+    """An affine map `(…, in) -> (…, out)` of an edit: `<name>.weight`, `<name>.bias`."""
+
+    def __init__(self, edit: Edit, name: str, weight: Tensor, bias: bool = True) -> None:
+        self.weight = edit.tensor(name, weight)
+        self.bias: Slot | None = edit.tensor(name, weight.new_zeros(weight.shape[0]), leaf="bias") if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.weight
+        return F.linear(x, self.weight.weight, bias)
+
+
+def initial(kind: str, out: int, inp: int, up: bool) -> Tensor:
+    """A weight as the papers start it: `bert` N(0, 0.02), `houlsby` a truncated N(0, 0.001), `mam_adapter` kaiming
+    for D and zero for U.
+
+    Raises:
+        ConfigError: no such start.
+    """
+    w = torch.empty(out, inp)
+    if kind == "bert":
+        return nn.init.normal_(w, std=0.02)
+    if kind == "houlsby":
+        return nn.init.trunc_normal_(w, std=1e-3, a=-2e-3, b=2e-3)
+    if kind == "mam_adapter":
+        return nn.init.zeros_(w) if up else nn.init.kaiming_uniform_(w, a=math.sqrt(5))
+    raise ConfigError(f"init_weights {kind!r} is not one of bert, houlsby, mam_adapter")
+
+
+class Bottleneck(Edit):
+    """D, f, U and what may stand around them; subclasses say what it reads.
+
+    Args:
+        config: options of the block. size: d. m: units. read: features of the input, `size` if None.
+    """
+
+    no_merge = "has a non-linearity between its two maps"
+
+    def __init__(self, config: Any, size: int, m: int, read: int | None = None) -> None:
+        super().__init__()
+        self.act, self.dropout, self.depth = activation(config.non_linearity), config.dropout, config.stochastic_depth
+        self.down, self.up = config.maps(self, read or size, m, size)
+        self.scale: float | Slot = config.scaling
+        if isinstance(config.scaling, str):
+            count = size if config.scaling == "channel" else 1
+            self.scale = self.tensor("bottleneck_scaling", torch.ones(count), leaf=None)
+        gate = config.use_gating
+        self.gate = Dense(self, "bottleneck_gate", initial("bert", 1, read or size, False)) if gate else None
+        self.causal_gate = gate == "token"
+        self.before = self._norm("bottleneck_norm_before", read or size) if config.ln_before else None
+        self.after = self._norm("bottleneck_norm_after", size) if config.ln_after else None
+
+    def _norm(self, name: str, size: int) -> tuple[Slot, Slot]:
+        return self.tensor(name, torch.ones(size)), self.tensor(name, torch.zeros(size), leaf="bias")
+
+    def change(self, h: Tensor) -> Tensor:
+        """Ad(h), in the block's own precision; `h: (…, d)`."""
+        training = self.host.training
+        h = h.to(self.slots[0].weight.dtype)
+        gate = None if self.gate is None else torch.sigmoid(self.gate(h))
+        if gate is not None and not self.causal_gate:
+            gate = gate.mean(-2, keepdim=True)
+        x = h if self.before is None else _layer_norm(h, *self.before)
+        x = self.up(self.act(self.down(x)))
+        scale = self.scale.weight if isinstance(self.scale, Slot) else self.scale
+        x = x * scale if gate is None else x * scale * gate
+        if self.dropout:
+            x = F.dropout(x, self.dropout, training)
+        if self.after is not None:
+            x = _layer_norm(x, *self.after)
+        if self.depth and training:  # a whole row's update is left out by chance (arXiv 1603.09382)
+            keep = (torch.rand(x.shape[0], device=x.device) >= self.depth).to(x.dtype) / (1 - self.depth)
+            x = x * keep.view(-1, *([1] * (x.ndim - 1)))
+        return x
+
+
+class AfterOutput(Bottleneck):
+    """Reads what its host gives and adds to it: f + Ad(f), on a sub-layer's end or on a pre-norm block (the sum)."""
+
+    reads_output = True
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.change(y)
+
+
+class OnSum(Bottleneck):
+    """At the norm behind a residual sum s: the norm is called on s + Ad(norm(s))."""
+
+    def pre(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        (s,) = args if args else kwargs.values()
+        return (s + self.change(self._normed(s)).to(s.dtype),), {}
+
+    def _normed(self, s: Tensor) -> Tensor:
+        from deltatune.core.hosts import base_forward
+
+        out: Tensor = base_forward(self.host)(s)
+        return out
+
+
+class Beside(Bottleneck):
+    """Parallel: reads the input of its host, a whole sub-layer, and adds to its output."""
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.change(x)
+
+
+class Reader(Witness):
+    """Notes the input of a sub-layer that starts in one module and ends in another."""
+
+    no_merge = Bottleneck.no_merge
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: Tensor | None = None
+
+    def see(self, args: Args, kwargs: Kwargs) -> None:
+        self.noted = args[0] if args else next(iter(kwargs.values()))
+
+
+class BesideReader(Bottleneck):
+    """Parallel, where the sub-layer starts in another module, whose input `reader` notes."""
+
+    def __init__(self, reader: Reader, *args: Any) -> None:
+        super().__init__(*args)
+        self.reader = reader
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        noted = self.reader.noted
+        assert noted is not None, "the start of a sub-layer runs before its end"
+        host: Any = self.host
+        rows = host.plan.state.rows
+        if rows is not None:
+            name = next(n for n, edits in host._edits.items() if self in edits)
+            noted = noted[rows.index(dict(rows.groups)[name], noted.shape[0], noted.device, host.path)]
+        return self.change(noted)
+
+
+def _layer_norm(x: Tensor, gain: Slot, bias: Slot) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], gain.weight, bias.weight)

@@ -1,0 +1,280 @@
+"""Bottleneck adapters: the papers' equations, their places in every architecture, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deltatune import (
+    BottleneckConfig,
+    HoulsbyConfig,
+    LoraConfig,
+    ParallelConfig,
+    PeftModel,
+    PfeifferConfig,
+    get_peft_model,
+)
+from deltatune.core.sublayers import find_sublayers
+from deltatune.errors import CannotMergeError, ConfigError, TargetError
+from methods.transformers_zoo import ZOO, inputs, make
+from tiny import bert, ids, llama, shake
+
+CONFIGS = {"houlsby": HoulsbyConfig, "pfeiffer": PfeifferConfig, "parallel": ParallelConfig}
+
+
+def logits(model: nn.Module, name: str) -> torch.Tensor:
+    return model(**inputs(name)).logits
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_architecture(name, kind, tmp_path):
+    model = get_peft_model(make(name), CONFIGS[kind](reduction_factor=8))
+    shake(model)
+    live = logits(model, name)
+    assert not torch.allclose(live, logits(make(name), name), atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, name), logits(make(name), name))
+    live.square().sum().backward()
+    for parameter, p in model.named_parameters():
+        dead = "deberta" in name and "rel_embeddings" in parameter
+        assert not p.requires_grad or dead or (p.grad is not None and p.grad.abs().sum() > 0), parameter
+    model.save_pretrained(tmp_path)
+    fresh = PeftModel.from_pretrained(make(name), tmp_path)
+    assert fresh.load_report.clean
+    assert torch.equal(logits(fresh, name), live)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_rows_of_a_batch_have_their_own(name):
+    model = get_peft_model(make(name), PfeifferConfig(reduction_factor=8))
+    model.add_adapter("other", ParallelConfig(reduction_factor=8))
+    shake(model)
+    first, second = logits(model, name)[:1], None
+    model.set_adapter("other")
+    second = logits(model, name)[1:]
+    mixed = model(**inputs(name), adapter_names=["default", "other"]).logits
+    assert torch.allclose(mixed, torch.cat([first, second]), atol=1e-4)
+
+
+def test_the_sublayers_of_pre_and_post_norm():
+    found = {(s.kind, s.output, s.reads, s.norm) for s in find_sublayers(make("bart")) if s.block.index == 0}
+    decoder = "model.decoder.layers.0"
+    assert (
+        "cross",
+        f"{decoder}.encoder_attn.out_proj",
+        f"{decoder}.encoder_attn",
+        f"{decoder}.encoder_attn_layer_norm",
+    ) in found
+    assert ("feedforward", f"{decoder}.fc2", f"{decoder}.fc1", f"{decoder}.final_layer_norm") in found
+    for name in ("llama", "gpt2", "gpt_neox", "bloom", "opt", "t5", "whisper", "vit", "mixtral", "gemma"):
+        assert all(s.norm is None for s in find_sublayers(make(name))), name
+    for name in ("bert", "roberta", "deberta", "bart"):
+        assert all(s.norm is not None for s in find_sublayers(make(name))), name
+
+
+def block_of(p: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor:
+    inner = F.relu(F.linear(h, p["down.weight"], p["down.bias"]))
+    return F.linear(inner, p["up.weight"], p["up.bias"])
+
+
+def tensors_at(model: nn.Module, path: str) -> dict[str, torch.Tensor]:
+    start = f"base_model.model.{path}.bottleneck_"
+    return {
+        n.removeprefix(start).replace(".default", ""): p for n, p in model.named_parameters() if n.startswith(start)
+    }
+
+
+def test_pfeiffer_behind_a_post_norm_layer():
+    """out = LN(Ad(LN(f + x1)) + f + x1), against a layer written by hand."""
+    model = get_peft_model(bert(), PfeifferConfig(reduction_factor=4))
+    shake(model)
+    layer = model.get_base_model().bert.encoder.layer[1]
+    seen = {}
+    layer.intermediate.register_forward_hook(lambda m, a, o: seen.update(x1=a[0]))
+    layer.output.register_forward_hook(lambda m, a, o: seen.update(out=o))
+    model(input_ids=ids())
+    norm = layer.output.LayerNorm
+    s = layer.output.dense(layer.intermediate(seen["x1"])) + seen["x1"]
+    h = F.layer_norm(s, (32,), norm.weight, norm.bias, norm.eps)
+    wanted = F.layer_norm(
+        s + block_of(tensors_at(model, "bert.encoder.layer.1.output.LayerNorm"), h),
+        (32,),
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
+    assert torch.allclose(seen["out"], wanted, atol=1e-6)
+
+
+def test_pfeiffer_in_a_pre_norm_layer():
+    """out = h + Ad(h), h the sum behind the feed-forward part."""
+    model = get_peft_model(llama(), PfeifferConfig(reduction_factor=4, layers_to_transform=[1]))
+    shake(model)
+    hidden = model(input_ids=ids(), output_hidden_states=True)
+    with model.disable_adapter():
+        plain = model(input_ids=ids(), output_hidden_states=True)
+    h = plain.hidden_states[1]
+    layer = model.get_base_model().model.layers[1]
+    with model.disable_adapter():
+        seen = {}
+        handle = layer.register_forward_hook(lambda m, a, o: seen.update(h=o))
+        model(input_ids=ids())
+        handle.remove()
+    h = seen["h"]
+    wanted = model.get_base_model().model.norm(h + block_of(tensors_at(model, "model.layers.1"), h))
+    assert torch.allclose(hidden.hidden_states[-1], wanted, atol=1e-5)
+
+
+def test_zero_up_is_the_base_and_equal_tensors_are_equal():
+    model = get_peft_model(bert(), PfeifferConfig(reduction_factor=4))
+    base = model(input_ids=ids()).logits
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "bottleneck_up" in n:
+                p.zero_()
+    with model.disable_adapter():
+        plain = model(input_ids=ids()).logits
+    assert torch.equal(model(input_ids=ids()).logits, plain)
+    assert not torch.equal(base, plain)  # N(0, 0.02) starts near the base, not at it
+    assert torch.allclose(base, plain, atol=1e-2)
+    model.add_adapter("twin", PfeifferConfig(reduction_factor=4))
+    for a, b in zip(model.adapters.parameters("default"), model.adapters.parameters("twin"), strict=True):
+        with torch.no_grad():
+            a.add_(torch.randn_like(a))
+            b.copy_(a)
+    first = model(input_ids=ids()).logits
+    model.set_adapter("twin")
+    assert torch.equal(model(input_ids=ids()).logits, first)
+
+
+def test_houlsby_starts_near_the_base_and_counts():
+    model = get_peft_model(bert(), HoulsbyConfig(reduction_factor=4))
+    with model.disable_adapter():
+        plain = model(input_ids=ids()).logits
+    assert (model(input_ids=ids()).logits - plain).abs().max() < 1e-2
+    layers, d, m = 2, 32, 8
+    norms = 2 * d * (2 * layers + 1)  # the embedding's too
+    assert model.get_nb_trainable_parameters()[0] == layers * 2 * (2 * d * m + m + d) + norms
+
+
+def test_counts_of_the_cards():
+    import transformers
+
+    with torch.device("meta"):
+        base = transformers.BertModel(transformers.BertConfig())
+    model = get_peft_model(base, PfeifferConfig(reduction_factor=16))
+    assert model.get_nb_trainable_parameters()[0] == 894_528
+    model.delete_adapter("default")
+    model.add_adapter("par", ParallelConfig(reduction_factor=48))
+    assert model.adapters.count()[0] == 12 * (2 * 768 * 16 + 16 + 768)
+
+
+def test_a_parallel_adapter_without_non_linearity_is_a_lora():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16))
+    model = get_peft_model(
+        net, ParallelConfig(target_modules=["0"], non_linearity="linear", reduction_factor=4, scaling=3.0)
+    )
+    x = torch.randn(5, 12)
+    assert torch.equal(model(x), net(x))  # U = 0
+    grads = torch.autograd.grad(model(x).sum(), [p for p in model.parameters() if p.requires_grad])
+    assert [bool(g.abs().sum()) for g in grads] == [False, False, True, True]
+    shake(model)
+    tensors = tensors_at(model, "0")
+    with torch.no_grad():
+        tensors["down.bias"].zero_()
+        tensors["up.bias"].zero_()
+    live = model(x)
+    lora = get_peft_model(nn.Sequential(nn.Linear(12, 16)), LoraConfig(target_modules=["0"], r=4, lora_alpha=12))
+    with torch.no_grad():
+        plain = lora.get_base_model()[0]
+        plain.load_state_dict({"weight": net[0].weight, "bias": net[0].bias}, strict=False)
+        plain.lora_A.default.weight.copy_(tensors["down.weight"])
+        plain.lora_B.default.weight.copy_(tensors["up.weight"])
+    assert torch.allclose(lora(x), live, atol=1e-5)
+
+
+def test_options_that_add_tensors_do_what_they_say():
+    options = {"use_gating": True, "scaling": "channel", "ln_before": True, "ln_after": True, "dropout": 0.1}
+    model = get_peft_model(llama(), BottleneckConfig(reduction_factor=4, stochastic_depth=0.2, **options))
+    names = {n.split(".bottleneck_")[1] for n, _ in model.named_parameters() if "bottleneck_" in n}
+    assert {"gate.default.weight", "scaling.default", "norm_before.default.bias", "norm_after.default.weight"} <= names
+    shake(model)
+    model.train()
+    assert not torch.equal(model(input_ids=ids()).logits, model(input_ids=ids()).logits)
+    model.eval()
+    assert torch.equal(model(input_ids=ids()).logits, model(input_ids=ids()).logits)
+
+
+def test_a_gate_per_token_does_not_see_the_future():
+    x = ids()
+    for gate, leaks in ((True, True), ("token", False)):
+        model = get_peft_model(llama(), BottleneckConfig(reduction_factor=4, use_gating=gate))
+        shake(model)
+        ahead = torch.cat([x[:, :-1], (x[:, -1:] + 7) % 60], 1)
+        same = torch.allclose(model(input_ids=x).logits[:, :-1], model(input_ids=ahead).logits[:, :-1], atol=1e-6)
+        assert same != leaks
+
+
+def test_reduction_by_layer_and_layers_left_out():
+    model = get_peft_model(llama(), PfeifferConfig(reduction_factor={"0": 4, "default": 16}))
+    assert tensors_at(model, "model.layers.0")["down.weight"].shape == (8, 32)
+    assert tensors_at(model, "model.layers.1")["down.weight"].shape == (2, 32)
+    model = get_peft_model(llama(), PfeifferConfig(leave_out=[0]))
+    assert not tensors_at(model, "model.layers.0")
+    assert tensors_at(model, "model.layers.1")
+
+
+def test_generation_with_a_cache_and_checkpointed_gradients():
+    model = get_peft_model(llama(), HoulsbyConfig(reduction_factor=4))
+    shake(model)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    cached = model.generate(input_ids=ids(), **options, use_cache=True)
+    assert torch.equal(cached, model.generate(input_ids=ids(), **options, use_cache=False))
+    params = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(model(input_ids=ids()).logits.square().mean(), params)
+    model.gradient_checkpointing_enable()
+    model.train()
+    again = torch.autograd.grad(model(input_ids=ids()).logits.square().mean(), params)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again, strict=True))
+
+
+def test_it_learns():
+    torch.manual_seed(0)
+    x = torch.randint(2, 60, (16, 6))
+    y = (x[:, 0] > 30).long()
+    for config in (HoulsbyConfig, PfeifferConfig, ParallelConfig):
+        model = get_peft_model(bert(), config(reduction_factor=2, task_type="SEQ_CLS"))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(40):
+            loss = model(input_ids=x, labels=y).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < 0.6 * losses[0], config
+
+
+def test_what_is_refused():
+    with pytest.raises(ConfigError, match="leaves no unit of the 32 features"):
+        get_peft_model(llama(), PfeifferConfig(reduction_factor=64))
+    with pytest.raises(ConfigError, match=r"non_linearity 'reluu' is not known.*relu"):
+        PfeifferConfig(non_linearity="reluu")
+    with pytest.raises(TargetError, match="leave_out names layer 7, and the model has layers 0 to 1"):
+        get_peft_model(llama(), PfeifferConfig(leave_out=[7]))
+    with pytest.raises(TargetError, match="layers_to_transform names layer 5"):
+        get_peft_model(llama(), PfeifferConfig(layers_to_transform=[5]))
+    with pytest.raises(TargetError, match="no block is found"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), PfeifferConfig())
+    with pytest.raises(ConfigError, match="no entry for layer 1"):
+        get_peft_model(llama(), PfeifferConfig(reduction_factor={"0": 4}))
+    with pytest.raises(ConfigError, match="reads the sub-layer's input"):
+        BottleneckConfig(is_parallel=True, original_ln_before=True)
+    with pytest.raises(ConfigError, match="no module at the sum"):
+        get_peft_model(llama(), PfeifferConfig(mh_adapter=True))
+    with pytest.raises(CannotMergeError, match="non-linearity"):
+        get_peft_model(llama(), PfeifferConfig()).merge_and_unload()
