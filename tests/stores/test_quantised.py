@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from quantised import HERE, stored
 from torch import nn
 
 from deltatune import LoraConfig, PeftModel, get_peft_model
 from deltatune.errors import CannotMergeError, ConfigError
 from deltatune.stores import find_store, quantised
 from deltatune.stores.dense import dequantize_model
+from quantised import HERE, stored
 from tiny import shake
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

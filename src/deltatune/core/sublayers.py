@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from torch import nn
 
@@ -156,7 +157,7 @@ def _child(block: Block, path: str) -> str:
 
 def _order(module: nn.Module, paths: Sequence[str]) -> list[str]:
     """Children in the order in which a module's code calls them."""
-    kind = getattr(module, "_plain", type(module))
+    kind: Any = getattr(module, "_plain", type(module))
     calls = _calls(kind, "forward")
     index = {p: calls.index(leaf) if (leaf := p.rpartition(".")[2]) in calls else len(calls) for p in paths}
     return sorted(paths, key=lambda p: index[p])

@@ -272,7 +272,7 @@ class PfeifferConfig(BottleneckConfig):
 @register
 @dataclass
 class ParallelConfig(BottleneckConfig):
-    """The scaled parallel adapter: beside the feed-forward part, on its input, times 4; `scaling=1` is the plain one."""
+    """The scaled parallel adapter: beside the feed-forward part, on its input, times 4 (1 is the plain one)."""
 
     mh_adapter: bool = False
     is_parallel: bool = True
