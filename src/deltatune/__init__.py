@@ -52,6 +52,7 @@ _WHERE: dict[str, str] = {
     **dict.fromkeys(["get_eva_state_dict", "initialize_lora_eva_weights"], "deltatune.inits.eva_peft"),
     **dict.fromkeys(["LoftQConfig", "loftq_weights"], "deltatune.inits.loftq"),
     **dict.fromkeys(["LoraGAConfig", "preprocess_loraga"], "deltatune.inits.lora_ga"),
+    **dict.fromkeys(["Average", "BatchSplit", "Fuse", "Parallel", "Split", "Stack"], "deltatune.core.composition"),
     "AdaLoraConfig": "deltatune.methods.adalora",
     "AdaptionPromptConfig": "deltatune.methods.adaption_prompt",
     "BitFitConfig": "deltatune.methods.bitfit",
@@ -64,6 +65,7 @@ _WHERE: dict[str, str] = {
     "FarConfig": "deltatune.methods.far",
     "FishMaskConfig": "deltatune.methods.fish_mask",
     "FullConfig": "deltatune.methods.full",
+    "FusionConfig": "deltatune.methods.fusion",
     "HiraConfig": "deltatune.methods.hira",
     "IA3Config": "deltatune.methods.ia3",
     "IntrinsicPromptConfig": "deltatune.methods.intrinsic_prompt",
@@ -123,6 +125,12 @@ if TYPE_CHECKING:
     from deltatune.config import register as register
     from deltatune.convert import convert_to_lora as convert_to_lora
     from deltatune.convert import save_as_lora as save_as_lora
+    from deltatune.core.composition import Average as Average
+    from deltatune.core.composition import BatchSplit as BatchSplit
+    from deltatune.core.composition import Fuse as Fuse
+    from deltatune.core.composition import Parallel as Parallel
+    from deltatune.core.composition import Split as Split
+    from deltatune.core.composition import Stack as Stack
     from deltatune.core.sites import plan_targets as plan_targets
     from deltatune.errors import AdapterLoadError as AdapterLoadError
     from deltatune.errors import BaseMismatchError as BaseMismatchError
@@ -153,6 +161,7 @@ if TYPE_CHECKING:
     from deltatune.methods.far import FarConfig as FarConfig
     from deltatune.methods.fish_mask import FishMaskConfig as FishMaskConfig
     from deltatune.methods.full import FullConfig as FullConfig
+    from deltatune.methods.fusion import FusionConfig as FusionConfig
     from deltatune.methods.hira import HiraConfig as HiraConfig
     from deltatune.methods.ia3 import IA3Config as IA3Config
     from deltatune.methods.intrinsic_prompt import IntrinsicPromptConfig as IntrinsicPromptConfig

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from deltatune import status
@@ -21,6 +22,7 @@ from deltatune.config import PeftConfig, TaskType
 from deltatune.core import fingerprint
 from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.checkpoint import PREFIX, LoadReport, load_adapter_state, remap
+from deltatune.core.composition import Composition, Node, by_rows, channels, per_row
 from deltatune.core.files import (
     SAFETENSORS_NAME,
     find_file,
@@ -35,7 +37,7 @@ from deltatune.state import get_peft_model_state_dict, write_adapter
 if TYPE_CHECKING:
     from deltatune.plain_lora import LoraReport
 
-Names = str | Sequence[str]
+Names = str | Sequence[str] | Composition
 
 
 class BaseTuner(nn.Module):
@@ -80,7 +82,7 @@ class BaseTuner(nn.Module):
         """Activates one adapter, or several whose changes add up; see `PeftModel.set_adapter`."""
         self.adapters.activate(adapter_name)
         if inference_mode is not None:
-            self.adapters.set_requires_grad(adapter_name, not inference_mode)
+            self.adapters.set_requires_grad(self.active_adapters, not inference_mode)
 
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
         self.adapters.set_requires_grad(adapter_names, requires_grad)
@@ -308,12 +310,16 @@ class PeftModel(nn.Module):
 
     # ------------------------------------------------------------------ running
     def forward(
-        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[Node] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The base's forward under the active adapters, or one adapter per batch row.
 
         Args:
-            adapter_names: one name per row (`"__base__"` for none); works in training too.
+            adapter_names: one name (or composition) per row (`"__base__"` for none); works in training too.
             task_ids: one number per row, for methods with a prompt per task.
 
         Raises:
@@ -322,6 +328,8 @@ class PeftModel(nn.Module):
         if task_ids is not None:
             with self.adapters.plan.carrying(task_ids):
                 return PeftModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+        if adapter_names is None and (found := self._rows_of_composition(args, kwargs)) is not None:
+            args, kwargs, adapter_names = found
         if adapter_names is None:
             return self.base_model.model(*args, **kwargs)
         batch, positions = _batch_size(args, kwargs)
@@ -330,8 +338,29 @@ class PeftModel(nn.Module):
         with self.adapters.plan.call(self.adapters.rows(adapter_names, positions)):
             return self.base_model.model(*args, **kwargs)
 
+    def _rows_of_composition(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], list[Node]] | None:
+        """(inputs, what each of their rows runs under) where the active composition splits or repeats the batch."""
+        plan = self.adapters.plan
+        if plan.tree is None or not plan.enabled or not by_rows(plan.tree):
+            return None
+        batch, _ = _batch_size(args, kwargs)
+        copies = len(channels(plan.tree))
+
+        def repeated(value: Any) -> Any:
+            whole = isinstance(value, Tensor) and value.ndim and value.shape[0] == batch and copies > 1
+            return torch.cat([value] * copies) if whole else value
+
+        kwargs = {name: repeated(value) for name, value in kwargs.items()}
+        return tuple(map(repeated, args)), kwargs, per_row(plan.tree, batch)
+
     def generate(
-        self, *args: Any, adapter_names: list[str] | None = None, task_ids: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[Node] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """transformers' `generate`; `adapter_names` gives one adapter per input row, also with beams; `task_ids` one
         task per row."""
@@ -340,6 +369,8 @@ class PeftModel(nn.Module):
         if task_ids is not None:
             with plan.carrying(task_ids):
                 return PeftModel.generate(self, *args, adapter_names=adapter_names, **kwargs)
+        if adapter_names is None and (found := self._rows_of_composition(args, kwargs)) is not None:
+            args, kwargs, adapter_names = found
         if adapter_names is None:
             with plan.steady():
                 return model.generate(*args, **kwargs)
@@ -377,7 +408,7 @@ class PeftModel(nn.Module):
         describe(peft_config, self.base_model.model)
 
     def set_adapter(self, adapter_name: Names, inference_mode: bool | None = None) -> None:
-        """Activates one adapter, or several whose changes add up.
+        """Activates one adapter, several whose changes add up, or a composition (`Stack`, `Fuse`, …).
 
         Args:
             inference_mode: None leaves what trains alone; True freezes these adapters, False makes them train.
@@ -397,6 +428,23 @@ class PeftModel(nn.Module):
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
         """Makes adapters train or not, whether they are active or not."""
         self.adapters.set_requires_grad(adapter_names, requires_grad)
+
+    # ------------------------------------------------------------------ compositions
+    def save_composition(
+        self, save_directory: str | os.PathLike[str], composition: Node | None = None, **options: Any
+    ) -> None:
+        """Writes a composition (the active one if none is given) and all its adapters; see `load_composition`."""
+        from deltatune.composition_files import save_composition
+
+        save_composition(self, save_directory, composition, **options)
+
+    def load_composition(
+        self, directory: str | os.PathLike[str], *, is_trainable: bool = False, activate: bool = True
+    ) -> Node:
+        """Loads what `save_composition` wrote, adapters that are there already as well, and makes it run."""
+        from deltatune.composition_files import load_composition
+
+        return load_composition(self, directory, is_trainable=is_trainable, activate=activate)
 
     # ------------------------------------------------------------------ checkpointing of activations
     def activation_checkpointing_enable(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from deltatune.config import PeftConfig, TargetedConfig
 from deltatune.core import attention, merge
 from deltatune.core.bank import Bank
+from deltatune.core.combine import composable
+from deltatune.core.composition import BatchSplit, Composition, Fuse, Node, channels, leaves, nodes, ordered
 from deltatune.core.copies import ModuleCopy
 from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit, Slot
 from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_paths, unhost
@@ -169,6 +171,8 @@ class AdapterSet:
         del self.configs[name], self.edits[name]
         if name in self._undo:
             self._undo.pop(name)()
+        if self.plan.tree is not None and name in self.plan.active:
+            self.plan.tree = None
         self.plan.active = tuple(n for n in self.plan.active if n != name)
         self.plan.refresh()
         if not any(isinstance(e, KVEdit) for edits in self.edits.values() for e in edits):
@@ -189,6 +193,8 @@ class AdapterSet:
         """Gives an adapter another name; its parameters are the same objects."""
         self.check(old)
         self.check_new_name(new)
+        if self.plan.tree is not None and old in self.plan.active:
+            raise AdapterNameError(f"adapter {old!r} runs in {self.plan.tree!r}; activate something else to rename it")
         for module in list(self.root.modules()):
             if isinstance(module, AdapterTensors) and old in module:
                 for table in (module._parameters, module._buffers, module._modules):
@@ -216,15 +222,50 @@ class AdapterSet:
                     f"(adapters here: {', '.join(self.configs) or 'none'})"
                 )
 
-    def activate(self, names: str | Sequence[str]) -> None:
-        """Makes these adapters run, their changes added up; says nothing about what trains."""
+    def activate(self, names: Node | Sequence[str]) -> None:
+        """Makes these adapters run, their changes added up or composed; says nothing about what trains."""
+        if isinstance(names, Composition):
+            self.compose(names)
+            return
         chosen = (names,) if isinstance(names, str) else tuple(names)
         self.check(*chosen)
         if len(set(chosen)) != len(chosen):
             raise AdapterNameError(f"an adapter is named twice in {list(chosen)}")
         self._check_together(chosen)
-        self.plan.active = chosen
+        self.plan.active, self.plan.tree = chosen, None
         self.plan.refresh()
+
+    def compose(self, tree: Composition) -> None:
+        """Makes a composition run.
+
+        Raises:
+            AdapterNameError: an adapter that is not there.
+            ConfigError: one that cannot stand where it does: a prompt or a change of attention, say, in an average.
+        """
+        self.check_composition(tree)
+        self.plan.active, self.plan.tree = leaves(tree), tree
+        self.plan.refresh()
+
+    def check_composition(self, tree: Node) -> None:
+        """Raises as `compose` does."""
+        for node in nodes(tree):
+            if isinstance(node, Fuse) and node.fusion_name not in self.configs:
+                self.check(*(c for c in node.children if isinstance(c, str)))
+                raise AdapterNameError(
+                    f"{node!r} has no fusion adapter: add_adapter({node.fusion_name!r}, FusionConfig(…)) first"
+                )
+        self.check(*leaves(tree))
+        for channel in channels(tree):
+            for node in [channel] if not isinstance(channel, BatchSplit) else channel.children:
+                if ordered(node):
+                    continue
+                for name in leaves(node):
+                    for edit in self.edits[name]:
+                        if not composable(edit):
+                            raise ConfigError(
+                                f"adapter {name!r} cannot stand in {node!r}: {type(edit).__name__} at "
+                                f"{getattr(edit.host, 'path', '')!r} does not add to an output; only Stack takes it"
+                            )
 
     def _check_together(self, names: Sequence[str]) -> None:
         """Two whole copies of one module cannot both be called."""
@@ -240,9 +281,11 @@ class AdapterSet:
                         )
                     owner[path] = name
 
-    def rows(self, names: Sequence[str], positions: int) -> State:
+    def rows(self, names: Sequence[Node], positions: int) -> State:
         """The state for a batch whose row i uses adapter `names[i]`."""
-        self.check(*(n for n in dict.fromkeys(names) if n != BASE))
+        for node in dict.fromkeys(names):
+            if node != BASE:
+                self.check_composition(node)
         if self.plan.merged:
             raise ConfigError(
                 f"adapter {self.plan.merged[0]!r} is merged into the base, so rows cannot be told apart; call "
@@ -269,9 +312,9 @@ class AdapterSet:
                 "it again"
             )
 
-    def set_requires_grad(self, names: str | Sequence[str], value: bool) -> None:
+    def set_requires_grad(self, names: Node | Sequence[str], value: bool) -> None:
         """Makes the adapters' parameters train, or not; says nothing about what runs."""
-        chosen = [names] if isinstance(names, str) else list(names)
+        chosen = leaves(names) if isinstance(names, (str, Composition)) else tuple(names)
         self.check(*chosen)
         for name in chosen:
             for edit in self.edits[name]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune.core.composition import leaves
 from deltatune.core.edits import KVEdit
 from deltatune.core.hosts import Host
 from deltatune.core.plan import State
@@ -113,7 +114,7 @@ def active(module: nn.Module, batch: int) -> Groups:
     else:
         if batch != state.rows.batch:
             state.rows.index((), batch, torch.device("cpu"), f"{type(module).__name__} {module.path!r}")
-        found = [(rows, State((name,)), _edits(module, (name,))) for name, rows in state.rows.groups]
+        found = [(rows, State(leaves(name)), _edits(module, leaves(name))) for name, rows in state.rows.groups]
     return [group for group in found if group[2]]
 
 

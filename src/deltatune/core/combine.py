@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import prompts, rounding
+from deltatune.core.bank import Bank
+from deltatune.core.compose import FusionEdit, composed
+from deltatune.core.composition import Composition, Node, leaves, ordered
 from deltatune.core.edits import Args, Delta, Edit, KVEdit, Kwargs, LowRank, ModuleEdit, PromptEdit, Witness
 from deltatune.core.lazy import LowRankWeight
 from deltatune.core.plan import RowPlan, State
@@ -119,11 +122,24 @@ def run(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -> Any:
     return prompts.run(host, inner, groups, args, kwargs)
 
 
+def _edits(host: Any, state: State) -> list[Edit]:
+    """What runs at a module in a call without rows."""
+    if state.tree is not None and not ordered_and_plain(host, state.tree):
+        return composed(host, state.tree, is_additive, changes_input)
+    return [e for e in host.edits_of(state.names) if not isinstance(e, Witness)]
+
+
+def ordered_and_plain(host: Any, tree: Node) -> bool:
+    """Whether at this module a composition is a single adapter's, so that it needs no walk."""
+    here = [name for name in leaves(tree) if host.edits_of((name,))]
+    return ordered(tree) and len(here) < 2
+
+
 def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -> Any:
     """A hosted module's call under the edits that are no prompts."""
     if state.rows is not None:
         return run_rows(host, base, state.rows, args, kwargs)
-    edits = [e for e in host.edits_of(state.names) if not isinstance(e, Witness)]
+    edits = _edits(host, state)
     if not edits:
         return base(*args, **kwargs)
     for edit in edits:
@@ -181,8 +197,10 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
     return (total, *out[1:]) if isinstance(out, tuple) else total
 
 
-def _row_edits(host: Any, name: str) -> list[Edit]:
+def _row_edits(host: Any, name: Node) -> list[Edit]:
     """An adapter's edits on this module; prompts and attention edits see to their rows themselves."""
+    if isinstance(name, Composition):
+        return composed(host, name, is_additive, changes_input)
     edits = [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit, Witness))]
     return rounding.join(edits) if host.plan.rounds else edits
 
@@ -191,6 +209,11 @@ def changes_input(edit: Edit) -> bool:
     """Whether this edit does nothing but replace the module's input."""
     kind = type(edit)
     return kind.pre is not Edit.pre and kind.update is Edit.update and not isinstance(edit, (Delta, ModuleEdit))
+
+
+def composable(edit: Edit) -> bool:
+    """Whether an edit can stand anywhere in a composition: it adds, changes an input, or is a module's own copy."""
+    return is_additive(edit) or changes_input(edit) or isinstance(edit, (ModuleEdit, Witness, FusionEdit, Bank))
 
 
 def _pre_rows(

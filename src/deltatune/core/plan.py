@@ -14,11 +14,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from deltatune.core.composition import BASE as BASE
+from deltatune.core.composition import Composition, Node, leaves
 from deltatune.errors import MixedBatchError
 
 T = TypeVar("T")
-#: the adapter name that means "no adapter" in a mixed batch
-BASE = "__base__"
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class RowPlan:
     """Row i of the batch uses adapter `names[i]`.
 
     Attributes:
-        groups: adapter name -> the batch rows that use it; rows of the plain base are in no group.
+        groups: adapter (or composition) -> the batch rows that use it; rows of the plain base are in no group.
         batch: number of rows. tokens: rows × positions, for modules that see the batch flattened.
     """
 
-    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: tuple[tuple[Node, tuple[int, ...]], ...]
     batch: int
     tokens: int
     #: positions worked out before, for every module of this call
     _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, names: Sequence[str], positions: int = 1) -> RowPlan:
-        groups: dict[str, list[int]] = {}
+    def of(cls, names: Sequence[Node], positions: int = 1) -> RowPlan:
+        groups: dict[Node, list[int]] = {}
         for i, name in enumerate(names):
             if name != BASE:
                 groups.setdefault(name, []).append(i)
@@ -82,19 +82,25 @@ class RowPlan:
 
 @dataclass(frozen=True)
 class State:
-    """What a call runs under: `names` are live (active and not merged), `rows` a mixed batch."""
+    """What a call runs under: `names` are live (active and not merged), `rows` a mixed batch, `tree` how the names are
+    composed; without one they add up."""
 
     names: tuple[str, ...] = ()
     rows: RowPlan | None = None
+    tree: Composition | None = None
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """All that take part in the call."""
-        return self.names if self.rows is None else tuple(name for name, _ in self.rows.groups)
+        if self.rows is None:
+            return self.names
+        return tuple(dict.fromkeys(name for node, _ in self.rows.groups for name in leaves(node)))
 
     def rows_of(self, adapter: str) -> tuple[int, ...] | None:
         """The batch rows that an adapter has in this call; None for all."""
-        return None if self.rows is None else dict(self.rows.groups).get(adapter, ())
+        if self.rows is None:
+            return None
+        return tuple(i for node, rows in self.rows.groups if adapter in leaves(node) for i in rows)
 
 
 class Plan:
@@ -102,6 +108,8 @@ class Plan:
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        #: how the active adapters are composed; None adds them up
+        self.tree: Composition | None = None
         self.merged: tuple[str, ...] = ()
         self.enabled = True
         #: merge-aware: quantised weights run as a merge into their storage would leave them
@@ -114,7 +122,7 @@ class Plan:
     def refresh(self) -> None:
         """Derives the state after `active`, `merged` or `enabled` changed."""
         live = tuple(n for n in self.active if n not in self.merged) if self.enabled else ()
-        self.state = State(live)
+        self.state = State(live, None, self.tree if live else None)
 
     @contextlib.contextmanager
     def call(self, state: State) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.core.composition import leaves
 from deltatune.core.edits import Args, Kwargs, PromptEdit
 from deltatune.core.plan import State
 from deltatune.errors import ConfigError
@@ -36,7 +37,8 @@ def groups_of(host: Any, state: State) -> Groups:
         found: Groups = [(None, [e for e in host.edits_of(state.names) if isinstance(e, PromptEdit)])]
     else:
         found = [
-            (rows, [e for e in host.edits_of((name,)) if isinstance(e, PromptEdit)]) for name, rows in state.rows.groups
+            (rows, [e for e in host.edits_of(leaves(name)) if isinstance(e, PromptEdit)])
+            for name, rows in state.rows.groups
         ]
     return [(rows, edits) for rows, edits in found if edits]
 

@@ -76,6 +76,7 @@ class Bottleneck(Edit):
 
     def __init__(self, config: Any, size: int, m: int, read: int | None = None) -> None:
         super().__init__()
+        self.size = size
         self.act, self.dropout, self.depth = activation(config.non_linearity), config.dropout, config.stochastic_depth
         self.down, self.up = config.maps(self, read or size, m, size)
         self.scale: float | Slot = config.scaling
@@ -120,6 +121,10 @@ class AfterOutput(Bottleneck):
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self.change(y)
 
+    def query(self, value: Tensor) -> Tensor:
+        """What a fusion asks with."""
+        return value
+
 
 class OnSum(Bottleneck):
     """At the norm behind a residual sum s: the norm is called on s + Ad(norm(s))."""
@@ -127,6 +132,10 @@ class OnSum(Bottleneck):
     def pre(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         (s,) = args if args else kwargs.values()
         return (s + self.change(self._normed(s)).to(s.dtype),), {}
+
+    def query(self, value: Tensor) -> Tensor:
+        """What a fusion asks with: what the adapters read."""
+        return self._normed(value)
 
     def _normed(self, s: Tensor) -> Tensor:
         from deltatune.core.hosts import base_forward
@@ -169,7 +178,11 @@ class BesideReader(Bottleneck):
         rows = host.plan.state.rows
         if rows is not None:
             name = next(n for n, edits in host._edits.items() if self in edits)
-            noted = noted[rows.index(dict(rows.groups)[name], noted.shape[0], noted.device, host.path)]
+            noted = noted[rows.index(host.plan.state.rows_of(name), noted.shape[0], noted.device, host.path)]
+        if noted.shape[:-1] != y.shape[:-1]:
+            raise ConfigError(
+                f"a parallel adapter that starts and ends in two modules cannot be split at {host.path!r}"
+            )
         return self.change(noted)
 
 

@@ -22,6 +22,7 @@ for _found in iter_modules(__path__):
 
 from deltatune.schedules.adalora import AdaLora  # noqa: E402
 from deltatune.schedules.full_then_lora import FullThenLora  # noqa: E402
+from deltatune.schedules.fusion import FusionPenalty  # noqa: E402
 from deltatune.schedules.lisa import Lisa  # noqa: E402
 from deltatune.schedules.lora_plus import LoraPlus  # noqa: E402
 from deltatune.schedules.relora import ReLora  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "AdaLora",
     "Attached",
     "FullThenLora",
+    "FusionPenalty",
     "Lisa",
     "LoraPlus",
     "Procedure",
