@@ -100,7 +100,7 @@ def test_a_full_disk_is_seen_before_the_first_byte(run: Path, tmp_path: Path, mo
 
 
 def test_a_merge_that_lost_the_adapter_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unmerged(target, dtype, prompts, device):
+    def unmerged(target, dtype, prompts, *rest):
         loaded = load(target, dtype="float32")
         before = merging._look(loaded, prompts) if prompts else None
         return loaded.model.unload(), loaded.tokenizer, before

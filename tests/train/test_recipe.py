@@ -184,3 +184,30 @@ def test_the_schema_describes_every_section():
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert {"TrainSpec", "EvalSpec", "DataSpec", "ReportSpec"} <= set(schema["$defs"])
     assert schema["$defs"]["TrainSpec"]["additionalProperties"] is False
+
+
+QUANTISED = {"name": "q", "model": "m", "method": {"peft_type": "lora"}, "data": {"path": "sms_spam"}}
+
+
+def test_a_quantised_base_takes_all_linear_layers():
+    made = build_recipe({**QUANTISED, "load_in_4bit": True}, "here")
+    assert made.quantization == "4bit"
+    assert made.method["target_modules"] == "all-linear"
+    own = {"peft_type": "lora", "target_modules": ["q_proj"]}
+    assert build_recipe({**QUANTISED, "quantization": "8bit", "method": own}, "here").method == {
+        **own,
+        "peft_type": "LORA",
+    }
+    assert "target_modules" not in build_recipe(QUANTISED, "here").method
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"load_in_4bit": True, "quantization": "8bit"}, "load_in_4bit and quantization=8bit contradict each other"),
+        ({"train": {"merge_aware": True}}, "train.merge_aware rounds to the base's storage: set quantization"),
+    ],
+)
+def test_contradictions_of_a_quantised_base(more, text):
+    with pytest.raises(RecipeError, match=text):
+        build_recipe({**QUANTISED, **more}, "here")

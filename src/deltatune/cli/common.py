@@ -21,7 +21,7 @@ ModelOption = Annotated[
     typer.Option("--model", "-m", help="Base model, instead of the one the adapter names."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps …; default: a GPU if any.")]
-QuantOption = Annotated[str | None, typer.Option(help="Load the base quantised: 4bit or 8bit.")]
+QuantOption = Annotated[str | None, typer.Option(help="Load the base quantised: 4bit, fp4, 8bit or native.")]
 
 
 class Dtype(str, Enum):

@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
             "deltatune merge runs/quickstart merged/",
             "deltatune merge runs/quickstart merged/ --dtype bfloat16 --prompt 'Message: hi\\nLabel:'",
             "deltatune merge runs/quickstart merged/ --overwrite --json",
+            "deltatune merge runs/qlora merged-4bit/ --into same",
         ),
     )(merge_command)
 
@@ -37,6 +38,20 @@ def merge_command(
     ] = True,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Text to compare on; repeat it.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the output.")] = False,
+    into: Annotated[
+        str,
+        typer.Option(help="dense: ordinary weights, a quantised base's unpacked; same: the base's own few bits."),
+    ] = "dense",
+    quantization: Annotated[
+        str | None, typer.Option(help="Storage of the base in training, if the adapter's run does not say it.")
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Merge from disk to disk, tensor by tensor; default: if the base is over half of the memory.",
+        ),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
     device: DeviceOption = None,
     as_json: JsonFlag = False,
@@ -48,11 +63,19 @@ def merge_command(
     """
     from deltatune.train.loading import find_target
     from deltatune.train.merging import PROMPTS, merge
+    from deltatune.train.streaming import merge_stream, too_large
 
     if prompt and not verify:
         raise ValueError("--prompt is for the comparison that --no-verify leaves out")
     where = find_target(target, model)
     console = common.err()
+    if into == "same" and stream:
+        raise ValueError("--stream writes ordinary weights, so --into same does not go with it")
+    if stream or (stream is None and into == "dense" and too_large(where)):
+        with console.status("merging from disk to disk"):
+            written = merge_stream(where, output, dtype=dtype.value, overwrite=overwrite, quantization=quantization)
+        _show(written, as_json)
+        return
     with console.status("merging"):
         done = merge(
             where,
@@ -62,7 +85,13 @@ def merge_command(
             prompts=(prompt or PROMPTS) if verify else None,
             max_shard_size=max_shard_size,
             device=device,
+            quantization=quantization,
+            into=into,
         )
+    _show(done, as_json)
+
+
+def _show(done: Merged, as_json: bool) -> None:
     if as_json:
         common.print_json(done.as_dict())
     else:

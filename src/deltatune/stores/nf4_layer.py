@@ -202,6 +202,21 @@ STORE = Nf4Store()
 register_layer("deltatune.stores.nf4_layer.Nf4Linear", STORE)
 
 
+def bitsandbytes_config(model: nn.Module) -> dict[str, Any]:
+    """What a configuration says of a model that `quantize_model` has made, so that transformers reads its files."""
+    layers = [m for m in model.modules() if isinstance(m, Nf4Linear)]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": layers[0].offset is not None,
+        "bnb_4bit_compute_dtype": str(layers[0].dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [n for n, m in model.named_modules() if type(m) is nn.Linear] or None,
+    }
+
+
 def linear_layers(model: nn.Module, skip: Sequence[str] | None = None) -> Iterator[tuple[str, nn.Linear]]:
     """(path, layer) of what is quantised: every linear layer but the output layer, or those not in `skip`.
 

@@ -29,8 +29,10 @@ _STATE_BYTES = (
     ("adafactor", 4.0),
 )
 _ADAM = 8.0  # two fp32 moments
-#: bytes per weight of a quantised linear layer, its scales included (one fp32 scale per 64 weights or per row)
-_QUANTISED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
+#: bytes per weight in NF4 or FP4 with double quantisation: a code, its share of an 8-bit scale, of that one's scale
+FOUR_BITS = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+#: bytes per weight of a quantised linear layer, its scales included (8 bit: one of 32 bits per row, left out)
+_QUANTISED = {"4bit": FOUR_BITS, "nf4": FOUR_BITS, "fp4": FOUR_BITS, "native": FOUR_BITS, "8bit": 1.0}
 
 
 @dataclass(frozen=True)

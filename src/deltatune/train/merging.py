@@ -13,7 +13,7 @@ import torch
 
 from deltatune.train.files import staged_directory, write_text
 from deltatune.train.generation import device_of
-from deltatune.train.loading import Loaded, Target, hush, load, read_config
+from deltatune.train.loading import Loaded, Target, hush, load, read_config, read_recipe
 from deltatune.train.models import resolve_model
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def merge(
     prompts: Sequence[str] | None = PROMPTS,
     max_shard_size: str = "5GB",
     device: str | None = None,
+    quantization: str | None = None,
+    into: str = "dense",
 ) -> Merged:
     """Write base + adapter as one model directory, whole or not at all.
 
@@ -81,32 +83,72 @@ def merge(
 
     Args:
         prompts: texts to compare on; None skips the comparison.
+        quantization: the base's storage that the adapter was trained on; default: what its run's recipe says.
+        into: `"dense"` writes ordinary weights, those of a quantised base unpacked; `"same"` writes the base's
+            quantised storage, with the error that this costs.
 
     Raises:
-        ValueError: the target is no adapter, `output` is taken or is the source, the method cannot be merged,
-            or the merged model lost the adapter's effect.
+        ValueError: the target is no adapter, `output` is taken or is the source, the method cannot be merged, the
+            base is not quantised and `into` is "same", or the merged model lost the adapter's effect.
         OSError: not enough free disk.
     """
     if target.adapter is None:
         raise ValueError(f"{target.name} is no adapter, so there is nothing to merge into it")
     hush()
     resolved = resolve_model(target.base, revision=target.revision)
-    _check_output(output, target.adapter, resolved, overwrite)
+    check_output(output, target.adapter, resolved, overwrite)
     stored = stored_dtype(resolved)
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    quantization = quantization or trained_on(target)
+    _check_into(into, quantization, target)
     # Rounded once: in the stored type if it stays, else by way of fp32.
-    model, tokenizer, before = _fold(target, stored if wanted == stored else torch.float32, prompts, device)
-    model = model.to(wanted)
+    loaded_in = wanted if into == "same" else stored if wanted == stored else torch.float32
+    model, tokenizer, before = _fold(target, loaded_in, prompts, device, quantization, into)
+    model = model if into == "same" else model.to(wanted)
     check_space(output, weight_bytes(model) + MARGIN)
     with staged_directory(output) as staging:
-        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        write_model(model, staging, max_shard_size)
         tokenizer.save_pretrained(staging)
         del model  # before the written copy is read: two of a large model may not fit
         gc.collect()
         difference = _compare(before, staging, target, _name(wanted), device) if before else None
-        _check_kept(difference, _name(wanted), target)
+        if into == "dense":  # rounding to few bits may cost the adapter; that is reported, not refused
+            _check_kept(difference, _name(wanted), target)
         write_text(staging / "README.md", model_card(target, resolved, _name(wanted), difference))
-    return Merged(output, resolved.name, target.adapter, _name(wanted), _size_of(output), difference)
+    storage = _name(wanted) if into == "dense" else str(quantization)
+    return Merged(output, resolved.name, target.adapter, storage, size_of(output), difference)
+
+
+def trained_on(target: Target) -> str | None:
+    """The quantisation of the base in the recipe of an adapter's run, if any."""
+    recipe = read_recipe(target.recipe) if target.recipe is not None else {}
+    if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
+        return "4bit" if recipe.get("load_in_4bit") else "8bit"
+    return recipe.get("quantization")
+
+
+def _merge_aware(target: Target) -> bool:
+    recipe = read_recipe(target.recipe) if target.recipe is not None else {}
+    return bool((recipe.get("train") or {}).get("merge_aware"))
+
+
+def _check_into(into: str, quantization: str | None, target: Target) -> None:
+    if into not in ("dense", "same"):
+        raise ValueError(f'into must be "dense" or "same", not {into!r}')
+    if into == "same" and quantization is None:
+        raise ValueError(
+            f"{target.name} was not trained on a quantised base as far as its recipe tells, so there is no few-bit "
+            "storage to merge into: name one with --quantization, or leave --into out"
+        )
+
+
+def write_model(model: Any, folder: Path, max_shard_size: str) -> None:
+    """Saves a model so that transformers loads it, one that `quantize_model` has made as bitsandbytes' NF4."""
+    from deltatune.stores.nf4_layer import Nf4Linear, bitsandbytes_config
+
+    if any(isinstance(m, Nf4Linear) for m in model.modules()):
+        model.config.quantization_config = bitsandbytes_config(model)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -119,11 +161,18 @@ class _Before:
 
 
 def _fold(
-    target: Target, dtype: torch.dtype, prompts: Sequence[str] | None, device: str | None
+    target: Target,
+    dtype: torch.dtype,
+    prompts: Sequence[str] | None,
+    device: str | None,
+    quantization: str | None,
+    into: str,
 ) -> tuple[Any, Any, _Before | None]:
-    loaded = load(target, dtype=_name(dtype), device=device)
+    loaded = load(target, dtype=_name(dtype), device=device, quantization=quantization)
+    if quantization and _merge_aware(target):
+        loaded.model.set_merge_aware()
     before = _look(loaded, prompts) if prompts else None
-    return loaded.model.merge_and_unload(), loaded.tokenizer, before
+    return loaded.model.merge_and_unload(into=into), loaded.tokenizer, before
 
 
 def _look(loaded: Loaded, prompts: Sequence[str]) -> _Before:
@@ -175,7 +224,7 @@ def _check_kept(difference: Difference | None, dtype: str, target: Target) -> No
     )
 
 
-def _check_output(output: Path, adapter: Path, resolved: ResolvedModel, overwrite: bool) -> None:
+def check_output(output: Path, adapter: Path, resolved: ResolvedModel, overwrite: bool) -> None:
     """Never the source, never over files by surprise, and never over something that is no model."""
     sources = {"adapter": adapter, "base model": Path(str(resolved.path))}
     for what, source in sources.items():
@@ -296,7 +345,7 @@ def _adapter_card(adapter: Path) -> list[str]:
     return ["", "## The adapter's card", "", *lines]
 
 
-def _size_of(folder: Path) -> int:
+def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
@@ -23,7 +24,15 @@ TASKS = {
 }
 LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-QUANTIZATIONS = {"4bit": "nf4", "nf4": "nf4", "fp4": "fp4", "8bit": "int8", "int8": "int8"}
+QUANTIZATIONS = {"4bit": "nf4", "nf4": "nf4", "fp4": "fp4", "8bit": "int8", "int8": "int8", "native": "native"}
+#: what a checkpoint says it is quantised with -> the package that reads it, how to install that
+BACKENDS = {
+    "bitsandbytes": ("bitsandbytes", '"deltatune[quant]"'),
+    "torchao": ("torchao", '"deltatune[quant]"'),
+    "gptq": ("gptqmodel", "gptqmodel --no-build-isolation"),
+    "awq": ("gptqmodel", "gptqmodel --no-build-isolation"),
+    "hqq": ("hqq", "hqq"),
+}
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any:
@@ -66,7 +75,8 @@ def load_model(
         dtype: `auto` is the checkpoint's own type on an accelerator and float32 on a CPU, where 16-bit
             arithmetic is slow and trains worse.
         num_labels: size of a classification head; required by those tasks, refused by the others.
-        quantization: `4bit` (NF4), `fp4` or `8bit`, through bitsandbytes.
+        quantization: `4bit` (NF4), `fp4` or `8bit`, through bitsandbytes; `native` is NF4 in plain PyTorch,
+            for any device.
 
     Raises:
         ModelError: an unknown option, or a model that cannot be loaded for this task.
@@ -78,14 +88,21 @@ def load_model(
     options: dict[str, Any] = {"dtype": _dtype(dtype), "use_safetensors": True}
     if num_labels is not None:
         options["num_labels"] = num_labels
-    if quantization is not None:
-        options["quantization_config"] = _quantization(quantization, options["dtype"])
+    check_backend(resolved)
+    kind = _quantization(quantization) if quantization is not None else None
+    if kind not in (None, "native"):
+        options["quantization_config"] = _bitsandbytes(str(kind), options["dtype"])
     if device_map is not None:
         options["device_map"] = device_map
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        return _pretrained(builder, resolved, **options)
+        model = _pretrained(builder, resolved, **options)
+        if kind == "native":
+            from deltatune.stores.nf4_layer import quantize_model
+
+            quantize_model(model)
+        return model
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"{resolved.name} cannot be loaded as {builder.__name__}: {_first_line(error)}") from error
 
@@ -131,22 +148,49 @@ def _dtype(name: str) -> Any:
     return getattr(torch, full)
 
 
-def _quantization(name: str, dtype: Any) -> Any:
-    import importlib.util
-
-    import torch
-
+def _quantization(name: str) -> str:
+    """The storage that a quantisation's name stands for."""
     if name not in QUANTIZATIONS:
         raise ModelError(f"unknown quantization {name!r}; known: {', '.join(QUANTIZATIONS)}{hint(name, QUANTIZATIONS)}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f'quantization {name} needs bitsandbytes; run: pip install "deltatune[quant]"')
+    kind = QUANTIZATIONS[name]
+    if kind != "native" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f'quantization {name} needs bitsandbytes; run: pip install "deltatune[quant]", or use native NF4'
+        )
+    return kind
+
+
+def _bitsandbytes(kind: str, dtype: Any) -> Any:
+    import torch
     from transformers import BitsAndBytesConfig
 
-    kind = QUANTIZATIONS[name]
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else dtype
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=compute)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def check_backend(resolved: ResolvedModel) -> None:
+    """A checkpoint that is quantised already needs the package that reads it.
+
+    Raises:
+        ModelError: that package is not installed; says how to install it.
+    """
+    from transformers import AutoConfig
+
+    config = getattr(_pretrained(AutoConfig, resolved), "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    package, install = BACKENDS.get(str(getattr(method, "value", method)), ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"{resolved.name} is quantised by {getattr(method, 'value', method)}, which needs {package}; "
+            f"run: pip install {install}"
+        )
 
 
 def _first_line(error: Exception) -> str:

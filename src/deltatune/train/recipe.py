@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from deltatune.errors import ConfigError, hint
 from deltatune.train.data import DataSpec
@@ -46,7 +46,13 @@ class Recipe(Spec):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Storage of the base weights; auto is bfloat16 on a GPU that has it, else float32."
     )
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="Load the base quantised.")
+    quantization: Literal["4bit", "nf4", "fp4", "8bit", "native"] | None = Field(
+        None,
+        description="Load the base quantised: 4bit (NF4), fp4 or 8bit by bitsandbytes, or native NF4 in plain PyTorch; "
+        "a low-rank method goes to all linear layers then unless it says otherwise.",
+    )
+    load_in_4bit: bool = Field(False, description="As quantization=4bit.")
+    load_in_8bit: bool = Field(False, description="As quantization=8bit.")
     attn_implementation: str | None = None
     method: dict[str, Any] = Field(description="`peft_type` and the fields of that method's config class.")
     procedure: dict[str, Any] | None = Field(
@@ -57,6 +63,30 @@ class Recipe(Spec):
     eval: EvalSpec = Field(default_factory=lambda: EvalSpec.model_validate({}))
     report: ReportSpec = Field(default_factory=lambda: ReportSpec.model_validate({}))
     output_dir: str | None = Field(None, description="Where the run is written; default runs/<name>.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quantised(cls, values: Any) -> Any:
+        """`load_in_…` as `quantization`, and QLoRA's places for methods that have a rank."""
+        if not isinstance(values, dict):
+            return values
+        for key, kind in (("load_in_4bit", "4bit"), ("load_in_8bit", "8bit")):
+            if values.get(key) is True:
+                if values.get("quantization") not in (None, kind):
+                    raise ValueError(f"{key} and quantization={values['quantization']} contradict each other: set one")
+                values = {**values, key: False, "quantization": kind}
+        method = values.get("method")
+        if values.get("quantization") and isinstance(method, dict) and not method.get("target_modules"):
+            _, fields = find_method(str(method.get("peft_type") or ""))
+            if {"r", "target_modules"} <= fields and not method.get("target_parameters"):
+                values = {**values, "method": {**method, "target_modules": "all-linear"}}
+        return values
+
+    @model_validator(mode="after")
+    def _merge_aware(self) -> Recipe:
+        if self.train.merge_aware and not self.quantization:
+            raise ValueError("train.merge_aware rounds to the base's storage: set quantization=4bit or 8bit as well")
+        return self
 
     @field_validator("method")
     @classmethod

@@ -119,7 +119,10 @@ def attach(recipe: Recipe, base: Any, batches: Iterable[Any] = ()) -> Any:
     config = get_peft_config({"task_type": recipe.task, **recipe.method})
     if needs_data(config) and not is_loading():
         prepare_init(base, config, batches)
-    return get_peft_model(base, config)
+    model = get_peft_model(base, config)
+    if recipe.train.merge_aware and not is_loading():  # a dry run's base has no bytes to round to
+        model.set_merge_aware()
+    return model
 
 
 def procedures_of(recipe: Recipe, rows: int) -> list[Any]:

@@ -56,6 +56,11 @@ class TrainSpec(Spec):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Arithmetic of the forward pass; auto is bf16 where a GPU has it, else fp32."
     )
+    merge_aware: bool = Field(
+        False,
+        description="On a quantised base: train with the merged weight rounded as a merge into the same storage rounds "
+        "it, so that such a merge is what was trained.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="NEFTune: noise on the embeddings.")
     torch_compile: bool = False
