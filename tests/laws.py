@@ -86,6 +86,9 @@ KINDS = [
     Kind("layernorm", lambda: Net(_norm(), 16), lambda: torch.randn(6, 3, 16)),
 ]
 
+#: those whose weight is a matrix
+MATRICES = [kind for kind in KINDS if kind.name != "layernorm"]
+
 
 def _quantised(name: str) -> Kind:
     def net() -> Net:

@@ -12,7 +12,7 @@ from torch import nn
 
 import deltatune.core.files as files
 from deltatune import BitFitConfig, FullConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, plan_targets
-from tiny import bert, ids, llama, shake
+from tiny import bert, gpt2, ids, llama, shake
 
 CAUSAL = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -51,6 +51,10 @@ def test_patterns_that_match_nothing(options, message):
         ({"rank_pattern": {"a": 0}}, "at least 1"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora_dropout must be"),
+        ({"lora_dropout": "a"}, "lora_dropout must be"),
+        ({"r": True}, "at least 1"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a number, not 'x'"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "lora_alpha must be a number"),
         ({"bias": "some"}, "bias must be"),
         ({"init_lora_weights": "gausian"}, "did you mean 'gaussian'"),
         ({"task_type": "CAUSAL"}, "task_type 'CAUSAL' is not one of.*did you mean 'CAUSAL_LM'"),
@@ -61,6 +65,20 @@ def test_patterns_that_match_nothing(options, message):
 def test_impossible_values(options, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (llama, {"enable_lora": [True, False, True]}, "'model.layers.0.self_attn.q_proj' is not one"),
+        (gpt2, {"enable_lora": [True, False]}, "2 entries for 'transformer.h.0.attn.c_attn'.*give three"),
+        (llama, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "no head of this model is tied"),
+        (lambda: llama(tie_word_embeddings=True), {"ensure_weight_tying": True}, "adapt the embedding or leave"),
+    ],
+)
+def test_options_that_would_do_nothing_or_nonsense(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make(), LoraConfig(**options))
 
 
 def test_other_methods():

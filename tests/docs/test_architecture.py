@@ -18,7 +18,7 @@ from deltatune.core.ops import BIASED, OPS
 from deltatune.errors import MixedBatchError
 from deltatune.inits import INITS
 from deltatune.stores import STORES
-from laws import KINDS, Net
+from laws import MATRICES, QUANTISED, Net
 
 PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 TABLES: list[dict[str, Any]] = [METHODS, _PeftTypes.names, OPS, BIASED, INITS, STORES]
@@ -76,7 +76,7 @@ def test_the_method_is_short():
 
 
 @pytest.mark.parametrize("example", ["method"], indirect=True)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", MATRICES, ids=lambda kind: kind.name)
 def test_method(example, kind, tmp_path):
     assert PeftType.ROW_SCALE == "ROW_SCALE"
     model = get_peft_model(kind.net().eval(), example["RowScaleConfig"](target_modules=["layer"]))
@@ -90,6 +90,21 @@ def test_method(example, kind, tmp_path):
     live = model(x)
     again = PeftModel.from_pretrained(model.unload(), tmp_path)
     assert torch.equal(again(x), live)
+
+
+@pytest.mark.parametrize("example", ["method"], indirect=True)
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+def test_method_on_a_quantised_base(example, kind, tmp_path):
+    model = get_peft_model(kind.net().eval(), example["RowScaleConfig"](target_modules=["layer"]))
+    random_start(model)
+    x = kind.x()
+    check_merges(model, x, tolerance=1e-4 + kind.loose)
+    check_mixes(model, x)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        live = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path)(x), live)
 
 
 @pytest.mark.parametrize("example", ["layer"], indirect=True)

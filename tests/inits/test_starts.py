@@ -9,7 +9,7 @@ import torch
 
 from deltatune import ConfigError, LoraConfig, PeftModel, get_peft_model, prepare_init, save_as_lora
 from deltatune.inits import INITS, find_init
-from laws import KINDS, shake
+from laws import MATRICES, shake
 from tiny import ids, llama
 
 FROM_DATA = ["corda", "eva", "lora_ga"]
@@ -37,7 +37,7 @@ def test_every_init_is_here():
     assert {find_init(n)[0].make for n in NAMES} | {INITS["random"].make} == {i.make for i in INITS.values()}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", MATRICES, ids=lambda k: k.name)
 @pytest.mark.parametrize("init", NAMES)
 def test_starts_as_the_base_and_goes_without_a_trace(init, kind, tmp_path):
     if init in ("corda", "eva") and kind.name in UNSEEN:
@@ -72,7 +72,7 @@ def test_starts_as_the_base_and_goes_without_a_trace(init, kind, tmp_path):
 
 @pytest.mark.parametrize("init", NAMES)
 def test_bfloat16_bases_start_in_float32(init):
-    model, x = adapted(init, KINDS[0], torch.bfloat16)
+    model, x = adapted(init, MATRICES[0], torch.bfloat16)
     with model.disable_adapter():
         base = model(x)
     assert torch.allclose(model(x), base, atol=2e-2)
@@ -82,7 +82,7 @@ def test_bfloat16_bases_start_in_float32(init):
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
 def test_goes_with_dora(init):
     torch.manual_seed(0)
-    net, x = KINDS[0].net().eval(), KINDS[0].x()
+    net, x = MATRICES[0].net().eval(), MATRICES[0].x()
     base = net(x)
     model = get_peft_model(net, config_of(init, use_dora=True))
     assert torch.allclose(model(x), base, atol=1e-5)
@@ -97,7 +97,7 @@ def test_goes_with_dora(init):
 
 def test_both_factors_move_at_the_first_step():
     for init in ("pissa", "olora", "loftq", "lora_ga", "corda", "orthogonal"):
-        model, x = adapted(init, KINDS[0])
+        model, x = adapted(init, MATRICES[0])
         model(x).square().sum().backward()
         delta = model.adapters.deltas("default")[0]
         assert float(delta.lora_A.weight.grad.norm()) > 1e-4, init
@@ -175,7 +175,7 @@ def test_impossible_options_are_refused_at_once(fields, sentence):
     ],
 )
 def test_impossible_starts_leave_the_model_alone(init, fields, sentence):
-    net = KINDS[0].net()
+    net = MATRICES[0].net()
     before = dict(net.named_parameters())
     with pytest.raises(ConfigError, match=sentence):
         get_peft_model(net, config_of(init, **fields))
@@ -193,10 +193,10 @@ def test_an_init_of_ones_own(monkeypatch, tmp_path):
 
     register_init("ones")(ones)
     with pytest.raises(ConfigError, match="gives a Start with offset; say so to register_init"):
-        get_peft_model(KINDS[0].net(), config_of("ones"))
+        get_peft_model(MATRICES[0].net(), config_of("ones"))
     register_init("ones", offset=True)(ones)
     torch.manual_seed(0)
-    net, x = KINDS[0].net().eval(), KINDS[0].x()
+    net, x = MATRICES[0].net().eval(), MATRICES[0].x()
     base = net(x)
     model = get_peft_model(net, config_of("ones"))
     assert torch.allclose(model(x), base, atol=1e-5)
@@ -208,7 +208,7 @@ def test_an_init_of_ones_own(monkeypatch, tmp_path):
 
 def test_a_base_without_numbers_is_refused():
     with torch.device("meta"):
-        net = KINDS[0].net()
+        net = MATRICES[0].net()
     with pytest.raises(ConfigError, match="meta device"):
         get_peft_model(net, config_of("pissa"))
 

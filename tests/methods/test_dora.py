@@ -9,11 +9,11 @@ from torch import nn
 
 from deltatune import LoraConfig, get_peft_model
 from deltatune.methods.dora import DoraDelta
-from laws import KINDS, Net, make, shake
+from laws import MATRICES, Net, make, shake
 from tiny import gpt2, ids, llama
 from tiny import shake as shake_all
 
-BYPASSED = [k for k in KINDS if k.name != "multihead"]
+BYPASSED = [k for k in MATRICES if k.name != "multihead"]
 
 
 def linear(dropout: float = 0.0, **fields):

@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deltatune import ConfigError, LoraConfig, LoraFAConfig, PeftModel, get_peft_model
+from deltatune.methods.lora_fa import project_gradients
+from laws import KINDS, make
+from laws import shake as shake_adapter
 from tiny import ids, llama, shake
 
 
@@ -87,3 +90,39 @@ def test_an_embedding_learns():
 def test_what_cancels_the_saving_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         LoraFAConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in KINDS if k.name in ("linear", "conv1d_hf", "conv2d")], ids=lambda k: k.name
+)
+def test_the_optimisers_form_takes_the_whole_gradient_projected(kind):
+    """One SGD step changes W by -lr · G P, with P the projection on A's rows and G the gradient of W."""
+    model, x = make("LORA_FA", kind)
+    shake_adapter(model)
+    (delta,) = model.adapters.deltas("default")
+    w = delta.merged(delta.ref.load()).detach()
+    layer = model.get_base_model().layer
+    layer.weight.requires_grad_(True)  # the change is added to W, so W's gradient is that of the sum
+    model(x).square().sum().backward()
+    g = delta.ref.op.matrix(layer.weight.grad)
+    layer.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([delta.lora_B.weight], lr=1e-2)
+    handle = project_gradients(optimizer, model)
+    optimizer.step()
+    a = delta.ref.op.unpack(delta.lora_A.weight, delta.lora_B.weight)[0]
+    onto = a.mT @ torch.linalg.inv(a @ a.mT) @ a
+    wanted = -1e-2 * g @ onto
+    assert wanted.abs().max() > 1e-4
+    found = delta.merged(delta.ref.load()) - w
+    assert torch.allclose(found, wanted, atol=1e-5 + 1e-4 * float(wanted.abs().max()))
+    handle.remove()
+    before = delta.lora_B.weight.grad.clone()
+    optimizer.step()
+    assert torch.equal(delta.lora_B.weight.grad, before)
+
+
+def test_the_optimisers_form_needs_a_frozen_a():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ConfigError, match="this model has none; adapt it with LoraFAConfig"):
+        project_gradients(optimizer, model)

@@ -314,6 +314,15 @@ def parameter_sites(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
     return sites
 
 
+def _check_parts(name: str, n: int) -> None:
+    """Refuses parts of a projection that is not fused, or not of so many."""
+    role = roles.role_of(name.rpartition(".")[2])
+    if role in ("q", "k", "v"):
+        raise ConfigError(f"enable_lora names parts of a fused projection, and {name!r} is not one; use target_modules")
+    if role == "qkv" and n != len(fused.NAMES):
+        raise ConfigError(f"enable_lora has {n} entries for {name!r}, which is q, k and v: give three")
+
+
 def part_sites(model: nn.Module, sites: Sequence[Site], enabled: list[bool] | dict[str, list[bool]]) -> list[Site]:
     """Sites of fused projections split into the parts (q, k, v) that are enabled; others as they are."""
     table = enabled if isinstance(enabled, dict) else {site.name: enabled for site in sites}
@@ -323,6 +332,7 @@ def part_sites(model: nn.Module, sites: Sequence[Site], enabled: list[bool] | di
         if flags is None:
             result.append(site)
             continue
+        _check_parts(site.name, len(flags))
         names = fused.NAMES if len(flags) == 3 else [str(i) for i in range(len(flags))]
         rows = fused.parts(model, site.path, len(flags))
         result += [replace(site, rows=r, tag=n) for n, r, on in zip(names, rows, flags, strict=True) if on]

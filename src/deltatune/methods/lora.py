@@ -185,9 +185,12 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or r < 1:
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ConfigError(f"r must be a whole number of at least 1, not {r!r}")
-        if not 0 <= self.lora_dropout < 1:
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise ConfigError(f"lora_alpha must be a number, not {alpha!r}")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}')
@@ -259,6 +262,11 @@ class LoraConfig(TargetedConfig):
         if self.ensure_weight_tying:
             for site, edits in made:
                 more += [(Site(path), tie_edits(model, path, edits)) for path in tied_heads(model, site.path)]
+            if not any(edits for _, edits in more):
+                raise ConfigError(
+                    "ensure_weight_tying=True, but no head of this model is tied to an embedding that is adapted, "
+                    "copied or has trainable tokens; adapt the embedding or leave the option out"
+                )
         return more
 
     def init_for(self, ref: WeightRef) -> str:

@@ -4,6 +4,12 @@
 
 The gradient of B needs A x, r numbers per position, and not x: what a linear layer keeps for backward does not grow
 with its input. So there is no dropout on x, whose mask would have to be kept. Merged: W + s · B A.
+
+The optimiser form, `project_gradients`, gives the optimiser
+
+    g (A Aᵀ + 1e-8 I)⁻¹ / s²        for each gradient g of B
+
+so that the first-order change of W is the whole gradient G projected onto the rows of A: s ΔB A = -η G Aᵀ (A Aᵀ)⁻¹ A.
 """
 
 from __future__ import annotations
@@ -11,6 +17,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from deltatune.config import register
 from deltatune.core.edits import Edit
@@ -53,3 +63,47 @@ class LoraFAConfig(LoraConfig):
     def init_for(self, ref: WeightRef) -> str:
         # an embedding's A starts at zero in LoRA, and frozen it would stay there
         return "gaussian" if ref.op.looks_up and self.init_name == "default" else self.init_name
+
+
+def project_gradients(
+    optimizer: torch.optim.Optimizer, model: nn.Module, adapter_name: str | None = None
+) -> RemovableHandle:
+    """LoRA-FA's optimiser form on any optimiser: B's gradients are projected just before each of its steps.
+
+    Clipping and unscaling come first, as they do in a training loop. `.remove()` on what is returned ends it.
+
+    Raises:
+        ConfigError: no pair of the adapter has a frozen A and a B that trains.
+    """
+    from deltatune.schedules.attach import _find
+
+    _, adapters, name = _find(model, adapter_name)
+    edits: Sequence[Edit] = adapters.edits[name] if adapters is not None else []
+    deltas = [
+        e
+        for e in edits
+        if isinstance(e, LoraDelta) and e.lora_B.weight.requires_grad and not e.lora_A.weight.requires_grad
+    ]
+    if not deltas:
+        raise ConfigError(
+            "project_gradients needs pairs whose A is frozen and whose B trains, and this model has none; "
+            "adapt it with LoraFAConfig"
+        )
+
+    def hook(*_: Any) -> None:
+        for delta in deltas:
+            _project(delta)
+
+    return optimizer.register_step_pre_hook(hook)
+
+
+@torch.no_grad()
+def _project(delta: LoraDelta) -> None:
+    grad = delta.lora_B.weight.grad
+    if grad is None:
+        return
+    a, g = delta.ref.op.unpack(delta.lora_A.weight, grad)  # (*batch, r, in), (*batch, out, r)
+    a, g = a.float(), g.float()
+    gram = a @ a.mT + 1e-8 * torch.eye(a.shape[-2], device=a.device)
+    projected = torch.linalg.solve(gram, g, left=False) / delta.scale**2
+    grad.copy_(delta.ref.op.pack(delta.ref.module, a, projected)[1])
