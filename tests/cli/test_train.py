@@ -116,6 +116,17 @@ def test_flags_run(cli, world, rows, tmp_path):
     assert (config["r"], sorted(config["target_modules"])) == (2, ["q_proj", "v_proj"])
 
 
+def test_generate_asks_in_the_form_that_the_columns_made(cli, world, rows, tmp_path):
+    """The recipe names no template; the run made one, and later questions are put the same way."""
+    run = tmp_path / "run"
+    flags = ("--model", world / "base", "--data", rows, "--set", "eval.after=false", "--set", "eval.before=false")
+    assert cli("train", *flags, "-o", run, *FAST).code == 0
+    asked = cli("generate", run, "see you", "-n", "2")
+    assert r"the run's template 'Text: {text}\nLabel:'" in asked.err, asked.err
+    (run / "run.json").unlink()
+    assert "as it is" in cli("generate", run, "see you", "-n", "2").err
+
+
 def test_json_is_all_that_goes_to_standard_output(cli, recipe):
     done = cli("train", recipe, "--json")
     result = json.loads(done.out)

@@ -210,10 +210,15 @@ def fill(template: str, text: str) -> str:
 
 
 def run_data(target: Target) -> dict[str, Any]:
-    """The data section of the run's recipe, or an empty dict."""
+    """The data section of the run's recipe, with the template that the run made if it names none; else empty."""
     from deltatune.train.loading import read_recipe
+    from deltatune.train.rundir import recorded_template
 
-    return dict(read_recipe(target.recipe).get("data") or {}) if target.recipe is not None else {}
+    if target.recipe is None:
+        return {}
+    data = dict(read_recipe(target.recipe).get("data") or {})
+    template = data.get("template") or recorded_template(target.recipe.parent)
+    return {**data, "template": template} if template else data
 
 
 def _answer_all(

@@ -78,7 +78,15 @@ def load_examples(spec: DataSpec) -> Examples:
         f"{layout.describe}" + (f"; {both} held-out examples are also in the training set" if both else "")
     )
     return Examples(
-        training, evaluation, layout.format, describe, layout.labels, train.licence, train.citation, train.name
+        training,
+        evaluation,
+        layout.format,
+        describe,
+        layout.labels,
+        train.licence,
+        train.citation,
+        train.name,
+        layout.template,
     )
 
 

@@ -46,6 +46,7 @@ class Layout:
     convert: Callable[[dict[str, Any], str], Example]
     describe: str
     labels: list[str] | None = None
+    template: str | None = None  # of the prompt, given or made from the column names
 
 
 def understand(train: Table, held_out: Table | None, spec: DataSpec) -> Layout:
@@ -198,7 +199,9 @@ def _alpaca(columns: list[str], tables: list[Table], spec: DataSpec, template: s
         return Example(prompt, separator, answer, references=references, source=place)
 
     names = _list([name for name in (instruction, extra, output) if name])
-    return Layout("alpaca", convert, f"instructions and answers (columns {names}), in the Alpaca prompt")
+    return Layout(
+        "alpaca", convert, f"instructions and answers (columns {names}), in the Alpaca prompt", template=template
+    )
 
 
 def _alpaca_prompt(instruction: str, more: str) -> str:
@@ -221,7 +224,8 @@ def _pair(columns: list[str], tables: list[Table], spec: DataSpec, template: str
         return Example(prompt, space, stripped, references=references, source=place)
 
     how = f"prompt {shape!r}" if shape else f"prompt in column {prompts[0]!r}, as it is"
-    return Layout("prompt_completion", convert, f"prompts and answers: {how}, answer in column {answer!r}")
+    describe = f"prompts and answers: {how}, answer in column {answer!r}"
+    return Layout("prompt_completion", convert, describe, template=shape)
 
 
 def _pair_columns(columns: list[str], spec: DataSpec, table: Table) -> tuple[tuple[str, ...], str]:
@@ -274,7 +278,7 @@ def _classification(columns: list[str], tables: list[Table], spec: DataSpec, tem
         raise DataError(f"column {label!r} of {table.name} has the one value {labels[0]!r}: nothing to tell apart")
     shown = ", ".join(labels[:4]) + (", …" if len(labels) > 4 else "")
     describe = f"classification: prompt {shape!r}, answer one of {len(labels)} labels in column {label!r} ({shown})"
-    return Layout("classification", convert, describe, labels)
+    return Layout("classification", convert, describe, labels, shape)
 
 
 # ---- wording ----

@@ -147,6 +147,7 @@ class Examples:
     licence: str | None = None
     citation: str | None = None
     name: str = ""
+    template: str | None = None  # of the prompts, where they have one
 
 
 @dataclass(frozen=True)

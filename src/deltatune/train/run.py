@@ -106,7 +106,7 @@ class _Run:
 
         hush()
         self.prepare()
-        begin(self.recipe, self.decision)
+        begin(self.recipe, self.decision, self.data.examples.template)
         before = self.measure_before()
         self.attach()
         trainer = self.make_trainer()

@@ -108,6 +108,12 @@ def decide(recipe: Recipe, *, resume: bool | None = None, overwrite: bool = Fals
     return _continue(directory, list_checkpoints(directory), finished)
 
 
+def recorded_template(directory: Path) -> str | None:
+    """How the prompts of the run in `directory` were put, if it has recorded that."""
+    template = (_read(directory / RUN) or {}).get("template")
+    return template if isinstance(template, str) else None
+
+
 def _has_trained(directory: Path) -> bool:
     """Whether a run left anything that took time: a logged step, a checkpoint, an adapter."""
     from deltatune.train.trainer import list_checkpoints
@@ -135,8 +141,12 @@ def _other_run(directory: Path, changed: list[str]) -> str:
     return f"{directory} holds another run (its recipe differs in {keys}); {fix}"
 
 
-def begin(recipe: Recipe, decision: Decision) -> Path:
-    """Make the directory ready and record whose it is. Returns the directory."""
+def begin(recipe: Recipe, decision: Decision, template: str | None = None) -> Path:
+    """Make the directory ready and record whose it is. Returns the directory.
+
+    Args:
+        template: how prompts are put, for those who ask the model later; a recipe may leave it to the columns.
+    """
     directory = recipe.run_dir
     directory.mkdir(parents=True, exist_ok=True)
     remove_staging(directory)
@@ -152,6 +162,7 @@ def begin(recipe: Recipe, decision: Decision) -> Path:
             "started": earlier.get("started", now),
             "continued": now if earlier else None,
             "recipe": recipe.model_dump(mode="json"),
+            "template": template,
         },
     )
     write_text(directory / "recipe.yaml", recipe.to_yaml())
