@@ -74,6 +74,8 @@ _WHERE: dict[str, str] = {
     "IntrinsicPromptConfig": "deltatune.methods.intrinsic_prompt",
     "LNTuningConfig": "deltatune.methods.ln_tuning",
     "KronaConfig": "deltatune.methods.krona",
+    "DiReftConfig": "deltatune.methods.reft",
+    "LoReftConfig": "deltatune.methods.reft",
     "LoHaConfig": "deltatune.methods.loha",
     "LoKrConfig": "deltatune.methods.lokr",
     "LoraConfig": "deltatune.methods.lora",
@@ -188,6 +190,8 @@ if TYPE_CHECKING:
     from deltatune.methods.prefix_tuning import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
     from deltatune.methods.prompt_tuning import PromptTuningConfig as PromptTuningConfig
     from deltatune.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
+    from deltatune.methods.reft import DiReftConfig as DiReftConfig
+    from deltatune.methods.reft import LoReftConfig as LoReftConfig
     from deltatune.methods.said import SaidConfig as SaidConfig
     from deltatune.methods.shira import ShiraConfig as ShiraConfig
     from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

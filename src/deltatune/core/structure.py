@@ -87,9 +87,9 @@ def feedforward(model: nn.Module, block: Block) -> list[str]:
     ]
 
 
-def width(model: nn.Module, block: Block) -> int | None:
+def width(module: nn.Module) -> int | None:
     """The size of a block's hidden states, from its norms; None if it has none."""
-    sizes = [len(m.get_parameter("weight")) for _, m in below(model, block.path) if is_norm(m)]
+    sizes = [len(m.get_parameter("weight")) for _, m in base_modules(module) if is_norm(m)]
     return max(sizes, default=None)
 
 
@@ -101,7 +101,7 @@ def out_in(module: nn.Module) -> tuple[int, int]:
 
 def feedforward_outputs(model: nn.Module, block: Block) -> list[str]:
     """The layers that end the feed-forward part: they lead back to the block's width."""
-    layers, d = feedforward(model, block), width(model, block)
+    layers, d = feedforward(model, block), width(model.get_submodule(block.path))
     back = [p for p in layers if out_in(model.get_submodule(p))[0] == d != out_in(model.get_submodule(p))[1]]
     return back or layers[-1:]
 
