@@ -75,6 +75,7 @@ _WHERE: dict[str, str] = {
     "LNTuningConfig": "deltatune.methods.ln_tuning",
     "KronaConfig": "deltatune.methods.krona",
     "DiReftConfig": "deltatune.methods.reft",
+    "LadderConfig": "deltatune.methods.ladder",
     "LoReftConfig": "deltatune.methods.reft",
     "LoHaConfig": "deltatune.methods.loha",
     "LoKrConfig": "deltatune.methods.lokr",
@@ -171,6 +172,7 @@ if TYPE_CHECKING:
     from deltatune.methods.ia3 import IA3Config as IA3Config
     from deltatune.methods.intrinsic_prompt import IntrinsicPromptConfig as IntrinsicPromptConfig
     from deltatune.methods.krona import KronaConfig as KronaConfig
+    from deltatune.methods.ladder import LadderConfig as LadderConfig
     from deltatune.methods.ln_tuning import LNTuningConfig as LNTuningConfig
     from deltatune.methods.loha import LoHaConfig as LoHaConfig
     from deltatune.methods.lokr import LoKrConfig as LoKrConfig
