@@ -28,7 +28,7 @@ from deltatune.core.ops import VectorOp
 from deltatune.core.sites import Site, bias_sites, check_patterns, pattern_value
 from deltatune.core.structure import chosen_sites, feedforward, find_blocks
 from deltatune.core.weights import WeightRef
-from deltatune.errors import ConfigError
+from deltatune.errors import ConfigError, TargetError
 from deltatune.inits.data import reattach
 from deltatune.state import find_adapters
 
@@ -90,6 +90,11 @@ class FarConfig(TargetedConfig):
     def sites(self, model: nn.Module) -> list[Site]:
         if self.target_modules is None:
             paths = [path for block in find_blocks(model) for path in feedforward(model, block)]
+            if not paths:
+                raise TargetError(
+                    f"the blocks of this {type(model).__name__} have no linear feed-forward layer (fused experts "
+                    "have no rows that FAR could choose); name linear layers in target_modules"
+                )
             weights = chosen_sites(model, self, paths)
         else:
             weights = super().sites(model)

@@ -141,7 +141,8 @@ def thin_config(config: Any, d: int, factor: int, kept: list[int]) -> Any:
     thin.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
         thin.layer_types = [config.layer_types[i] for i in kept]
-    thin.vocab_size, thin.pad_token_id = 2, None
+    # its table of tokens is never looked at; positions may start behind the padding's number
+    thin.vocab_size = 2 + (config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0)
     return thin
 
 

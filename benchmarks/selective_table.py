@@ -1,0 +1,198 @@
+"""IA³, selective tuning, ReFT and ladders on real models and real data: the table in docs/selective.md.
+
+SmolLM2-135M (bfloat16) answers whether a message of the SMS Spam Collection is spam; MiniLM classifies the messages
+with a new head, and tags the named entities of WNUT-2017 (`--wnut17`, as for prompt_table.py). Every method starts from
+the same base, sees the same batches and is measured on the same held-out rows. Methods of two stages take both within
+the same steps: FISH Mask looks at 32 rows first, diff pruning prunes half-way, FAR primes for a tenth of the steps.
+A killed run goes on where it stopped.
+
+    python benchmarks/selective_table.py --wnut17 ../shared/data/wnut17
+    python benchmarks/selective_table.py --task messages
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import method_table
+import torch
+from common import load_smollm2, machine, read_json, saved_bytes, write_json
+from prompt_table import Task, entities, exact, measure, messages
+from rich.progress import Progress
+
+import deltatune
+from deltatune import get_peft_model, prepare_init
+from deltatune.methods.diff_pruning import diff_groups, expected_l0, prune
+from deltatune.methods.far import reconfigure
+
+HERE = Path(__file__).parent
+#: task -> how many of its steps are taken, and of its held-out batches
+STEPS = {"answers": (40, 2), "messages": (60, 10), "entities": (90, 4)}
+
+
+@dataclass
+class Entry:
+    """A configuration class, its options and a learning rate; `only` names the tasks it is for."""
+
+    config: str
+    lr: float
+    options: dict[str, Any] = field(default_factory=dict)
+    only: tuple[str, ...] = tuple(STEPS)
+
+
+MINILM = ("messages", "entities")
+ENTRIES: dict[str, Entry] = {
+    "Head alone": Entry("FullConfig", 2e-3, {"target_modules": ["classifier"]}, MINILM),
+    "LoRA (for comparison)": Entry("LoraConfig", 2e-3, {"target_modules": "all-linear"}),
+    "IA³": Entry("IA3Config", 1e-2),
+    "LN tuning": Entry("LNTuningConfig", 5e-3),
+    "BitFit": Entry("BitFitConfig", 5e-3, {}, MINILM),
+    "BitFit, added biases": Entry("BitFitConfig", 5e-3, {"added_modules": r".*(proj)"}, ("answers",)),
+    "SHiRA": Entry("ShiraConfig", 2e-3, {"target_modules": "all-linear", "r": 8}),
+    "FISH Mask": Entry("FishMaskConfig", 2e-3, {"keep_ratio": 0.005}),
+    "Diff pruning": Entry("DiffPruningConfig", 5e-4),
+    "FAR": Entry("FarConfig", 5e-4),
+    "LoReFT": Entry("LoReftConfig", 5e-3, {"r": 8, "prefix_positions": 4, "suffix_positions": 4}),
+    "DiReFT": Entry("DiReftConfig", 5e-3, {"r": 8, "prefix_positions": 4, "suffix_positions": 4}),
+    "Ladder (residual)": Entry("LadderConfig", 2e-3, {"reduction_factor": 4, "residual": True}, MINILM),
+    "Ladder, 135M (residual)": Entry("LadderConfig", 2e-3, {"reduction_factor": 8, "residual": True}, ("answers",)),
+}
+
+
+def answers() -> Task:
+    base, tokenizer = load_smollm2("bfloat16")
+    steps, held_out = method_table.batches(tokenizer)
+    return Task(lambda: base, "CAUSAL_LM", steps, held_out, "exact answers", exact, tokenizer)
+
+
+class Stages:
+    """What a method of two stages does before training and between its steps."""
+
+    def __init__(self, config: Any, model: Any, lr: float, steps: int) -> None:
+        self.config, self.model, self.lr, self.steps = config, model, lr, steps
+
+    def groups(self) -> list[dict[str, Any]]:
+        if getattr(self.config, "stage", "") == "search":
+            return diff_groups(self.model, lr=self.lr)
+        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "lr": self.lr}]
+
+    def loss(self, loss: torch.Tensor) -> torch.Tensor:
+        searching = getattr(self.config, "stage", "") == "search"
+        return loss + 1.25e-7 * expected_l0(self.model) if searching else loss
+
+    def turn(self, k: int) -> bool:
+        """Goes to the next stage before step `k`; True if the parameters are new."""
+        kind = type(self.config).__name__
+        if kind == "DiffPruningConfig" and k == self.steps // 2:
+            return bool(prune(self.model, 0.005))
+        return kind == "FarConfig" and k == self.steps // 10 and bool(reconfigure(self.model, 0.1))
+
+
+def run(name: str, entry: Entry, task: Task, progress: Progress) -> dict[str, Any]:
+    """Trains one method from the untouched base and measures it before and after."""
+    base = task.make()
+    torch.manual_seed(0)
+    head = {} if entry.config == "FullConfig" else {"task_type": task.task_type}  # that one names the head itself
+    config = getattr(deltatune, entry.config)(**entry.options, **head)
+    if entry.config == "FishMaskConfig":
+        rows = len(task.steps[0]["labels"])
+        prepare_init(base, config, task.steps[: 32 // rows], progress=False)
+    model = get_peft_model(base, config)
+    before = measure(model, task)
+    stages, count = Stages(config, model, entry.lr, len(task.steps)), len(task.steps)
+    line, seconds, kept, groups = progress.add_task(name, total=count), [], 0, stages.groups()
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    rates = [g["lr"] for g in groups]
+    model.train()
+    for k, batch in enumerate(task.steps):
+        if stages.turn(k):
+            optimizer = torch.optim.AdamW(stages.groups(), weight_decay=0.0)
+            rates = [g["lr"] for g in optimizer.param_groups]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (k + 1) / 6) * (1 - k / count)
+        start = time.perf_counter()
+        if k == count - 1:  # as the last stage is
+            with saved_bytes(model) as counted:
+                loss = stages.loss(model(**batch).loss)
+                kept = counted()
+        else:
+            loss = stages.loss(model(**batch).loss)
+        loss.backward()
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        progress.update(line, advance=1, description=f"{name} loss {loss.item():.3f}")
+    trainable, total = model.get_nb_trainable_parameters()
+    after = measure(model, task)
+    model.unload()
+    for p in base.parameters():
+        p.requires_grad_(False)
+    return {
+        "model": type(base).__name__, "metric": task.metric, "config": entry.config, "lr": entry.lr, "steps": count,
+        "trainable": trainable, "share": trainable / total, "loss_before": before[0], "loss_after": after[0],
+        "before": before[1], "after": after[1], "seconds": statistics.median(seconds), "saved_mb": kept / 2**20,
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown, task by task and in the order of `ENTRIES`."""
+    lines = [
+        "| method | data | trained parameters | loss before | loss after | metric | before | after | s per step | "
+        "MB saved for backward | lr |",
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for task in STEPS:
+        for name in ENTRIES:
+            r = results.get(f"{task}: {name}")
+            if r is not None:
+                lines.append(
+                    f"| {name} | {task} | {r['trainable']:,} ({100 * r['share']:.3f} %) | {r['loss_before']:.3f} | "
+                    f"{r['loss_after']:.3f} | {r['metric']} | {r['before']:.3f} | {r['after']:.3f} | "
+                    f"{r['seconds']:.2f} | {r['saved_mb']:.1f} | {r['lr']:g} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="methods to measure again")
+    parser.add_argument("--task", choices=STEPS, action="append", help="only this one")
+    parser.add_argument("--wnut17", type=Path, help="the folder of WNUT-2017; without it entities are left out")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "selective_table.json")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    makers: dict[str, Callable[[], Task]] = {"answers": answers, "messages": messages}
+    if options.wnut17 is not None:
+        makers["entities"] = lambda: entities(options.wnut17)
+    unknown = [n for n in options.names if n not in ENTRIES]
+    if unknown:
+        raise SystemExit(f"no entry {unknown[0]!r}; there are: {', '.join(ENTRIES)}")
+    with Progress() as progress:
+        for task_name, make in makers.items():
+            if options.task and task_name not in options.task:
+                continue
+            done = read_json(options.out).get("results", {})
+            wanted = [n for n in options.names or ENTRIES if task_name in ENTRIES[n].only]
+            todo = [n for n in wanted if options.names or f"{task_name}: {n}" not in done]
+            if not todo:
+                continue
+            task, (steps, held_out) = make(), STEPS[task_name]
+            task = replace(task, steps=task.steps[:steps], held_out=task.held_out[:held_out])
+            for name in todo:
+                found = run(name, ENTRIES[name], task, progress)
+                results = {**read_json(options.out).get("results", {}), f"{task_name}: {name}": found}
+                write_json(options.out, {"machine": machine(), "results": results})
+    print(table(read_json(options.out).get("results", {})))
+
+
+if __name__ == "__main__":
+    main()
