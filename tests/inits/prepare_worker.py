@@ -3,13 +3,14 @@ that hold half of the base each."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import deltatune.inits.data as data
 import deltatune.inits.eva as eva
-from deltatune import LoraConfig, get_peft_model, prepare_init
+from deltatune import ConfigError, FishMaskConfig, LoraConfig, get_peft_model, prepare_init
 from deltatune.methods.lora_drop import output_importance
 from ranks import leave
 from tiny import llama
@@ -35,6 +36,23 @@ def drop(batches: list[dict[str, torch.Tensor]]) -> None:
     assert all(abs(shared[path] - share) < 1e-5 for path, share in alone.items())
     if dist.get_rank() == 0:
         print("lora_drop equal")
+
+
+def fish(batches: list[dict[str, torch.Tensor]]) -> None:
+    """FISH Mask's choice, of half the samples each and of all of them; a base that is cut is refused."""
+    shared, alone = FishMaskConfig(keep_ratio=0.02), FishMaskConfig(keep_ratio=0.02)
+    data.world_size = dist.get_world_size
+    prepare_init(llama(), shared, batches[dist.get_rank() :: 2], progress=False)
+    data.world_size = lambda: 1
+    prepare_init(llama(), alone, batches, progress=False)
+    data.world_size = dist.get_world_size
+    places = {n: set(index.tolist()) for n, (index, _) in alone.prepared.items()}
+    same = sum(len(places[n] & set(index.tolist())) for n, (index, _) in shared.prepared.items())
+    assert same >= 0.99 * sum(map(len, places.values()))  # sums in another order
+    with pytest.raises(ConfigError, match="choose the mask before the base is sharded"):
+        prepare_init(shard(llama()), FishMaskConfig(), batches, progress=False)
+    if dist.get_rank() == 0:
+        print("fish_mask equal")
 
 
 def main() -> None:
@@ -67,6 +85,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(init, "equal")
     drop(batches)
+    fish(batches)
     leave()
 
 

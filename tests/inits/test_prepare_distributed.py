@@ -8,4 +8,4 @@ from ranks import run_ranks
 
 
 def test_two_processes_equal_one():
-    assert run_ranks(Path(__file__).with_name("prepare_worker.py")).count("equal") == 4
+    assert run_ranks(Path(__file__).with_name("prepare_worker.py")).count("equal") == 5

@@ -88,6 +88,11 @@ class FisherCollector(Collector):
                     f"FISH Mask needs the gradient of {site.name!r}, whose weight is quantised; choose on the base in "
                     "full precision"
                 )
+            if hasattr(ref.param, "device_mesh"):
+                raise ConfigError(
+                    "FISH Mask needs gradients of single samples, and FSDP averages those of its processes; choose the "
+                    "mask before the base is sharded"
+                )
             self.refs[name_of(site)] = ref
         #: id of a parameter -> the sum of its scores, in its own layout
         self.sums: dict[int, Tensor] = {}
