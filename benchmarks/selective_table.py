@@ -32,8 +32,8 @@ from deltatune.methods.diff_pruning import diff_groups, expected_l0, prune
 from deltatune.methods.far import reconfigure
 
 HERE = Path(__file__).parent
-#: task -> how many of its steps are taken, and of its held-out batches
-STEPS = {"answers": (40, 2), "messages": (60, 10), "entities": (90, 4)}
+#: task -> how many of its steps are taken, with how many rows each, and of its held-out batches
+STEPS = {"answers": (30, 2, 2), "messages": (40, 8, 4), "entities": (60, 8, 3)}
 
 
 @dataclass
@@ -185,8 +185,9 @@ def main() -> None:
             todo = [n for n in wanted if options.names or f"{task_name}: {n}" not in done]
             if not todo:
                 continue
-            task, (steps, held_out) = make(), STEPS[task_name]
-            task = replace(task, steps=task.steps[:steps], held_out=task.held_out[:held_out])
+            task, (count, rows, held_out) = make(), STEPS[task_name]
+            steps = [{k: v[:rows] for k, v in batch.items()} for batch in task.steps[:count]]
+            task = replace(task, steps=steps, held_out=task.held_out[:held_out])
             for name in todo:
                 found = run(name, ENTRIES[name], task, progress)
                 results = {**read_json(options.out).get("results", {}), f"{task_name}: {name}": found}
