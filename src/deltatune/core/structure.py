@@ -87,8 +87,13 @@ def feedforward(model: nn.Module, block: Block) -> list[str]:
     ]
 
 
-def width(module: nn.Module) -> int | None:
-    """The size of a block's hidden states, from its norms; None if it has none."""
+def width(model: nn.Module, block: Block) -> int | None:
+    """The size of a block's hidden states; None if it is unknown."""
+    return width_of(model.get_submodule(block.path))
+
+
+def width_of(module: nn.Module) -> int | None:
+    """The size of the hidden states in a module, from its norms; None if it has none."""
     sizes = [len(m.get_parameter("weight")) for _, m in base_modules(module) if is_norm(m)]
     return max(sizes, default=None)
 
@@ -101,7 +106,7 @@ def out_in(module: nn.Module) -> tuple[int, int]:
 
 def feedforward_outputs(model: nn.Module, block: Block) -> list[str]:
     """The layers that end the feed-forward part: they lead back to the block's width."""
-    layers, d = feedforward(model, block), width(model.get_submodule(block.path))
+    layers, d = feedforward(model, block), width(model, block)
     back = [p for p in layers if out_in(model.get_submodule(p))[0] == d != out_in(model.get_submodule(p))[1]]
     return back or layers[-1:]
 

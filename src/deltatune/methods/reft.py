@@ -28,7 +28,7 @@ from deltatune.core.edits import Args, Edit, Kwargs, Witness
 from deltatune.core.ops import ConvOp, find_op
 from deltatune.core.prompts import bind, cached, find_stacks
 from deltatune.core.sites import Site, base_modules, excluded, in_layers, is_multihead, is_norm, select
-from deltatune.core.structure import find_blocks, out_in, width
+from deltatune.core.structure import find_blocks, out_in, width_of
 from deltatune.errors import ConfigError
 from deltatune.methods._fields import check_probability, check_ranks
 
@@ -273,7 +273,7 @@ def _width(module: nn.Module, site: Site) -> int:
         return int(module.embed_dim)  # type: ignore[arg-type]
     if is_norm(module):
         return len(module.get_parameter("weight"))
-    found = width(module)
+    found = width_of(module)
     if found is None:
         raise ConfigError(f"the width of what {site.path!r} gives is unknown: it has no norm; name one of its layers")
     return found
