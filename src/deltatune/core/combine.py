@@ -142,6 +142,10 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
     edits = _edits(host, state)
     if not edits:
         return base(*args, **kwargs)
+    if len(edits) == 1 and len(args) == 1 and not kwargs and not host.plan.merged:
+        whole = edits[0].whole(args[0], base)
+        if whole is not None:
+            return whole
     for edit in edits:
         args, kwargs = edit.pre(args, kwargs)
     additive = [e for e in edits if is_additive(e)]

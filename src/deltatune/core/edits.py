@@ -15,11 +15,14 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune import kernels
 from deltatune.core.plan import Plan
 from deltatune.core.weights import WeightRef
 from deltatune.errors import AdapterNameError
+from deltatune.kernels.low_rank import low_rank_linear
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -207,6 +210,11 @@ class Edit:
         """What to add to the output `y`, given the first input `x`; None adds nothing."""
         return None
 
+    def whole(self, x: Tensor, base: Callable[[Tensor], Any]) -> Tensor | None:
+        """The module's whole output under this edit alone, equal to adding `update` and faster; None if it has no
+        such path here. `base` is the module's own forward."""
+        return None
+
     def group(self) -> Hashable | None:
         """In a mixed batch, edits of the same group run in one `update_rows`; None runs alone on its rows."""
         return None
@@ -265,14 +273,31 @@ class Delta(Edit):
 
 
 class LowRank(Delta):
-    """`merged(w) = w + b @ a`; `factors` is all a low-rank method has to say."""
+    """`merged(w) = w + b @ a`; `factors` is all a low-rank method has to say.
+
+    Attributes:
+        dropout: probability of dropout on the input of `a`, in training.
+    """
+
+    dropout: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "factors" in cls.__dict__ and "scaled" not in cls.__dict__:
+            cls.scaled = LowRank.scaled  # type: ignore[method-assign]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """`a: (*batch, r, in)` and `b: (*batch, out, r)`, scale included."""
         raise NotImplementedError
 
+    def scaled(self) -> tuple[Tensor, Tensor, float]:
+        """`a`, `b` and s with `factors() = (a, s · b)`: for kernels, where b is then a parameter itself."""
+        return (*self.factors(), 1.0)
+
     def drop(self, x: Tensor) -> Tensor:
         """Dropout on the input of `a` in training, if the method has any."""
+        if self.dropout and self.host.training and x.is_floating_point():
+            return F.dropout(x, self.dropout)
         return x
 
     def merged(self, w: Tensor) -> Tensor:
@@ -281,6 +306,27 @@ class LowRank(Delta):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self.ref.factored(self.drop(x), *self.factors())
+
+    def whole(self, x: Tensor, base: Callable[[Tensor], Any]) -> Tensor | None:
+        if type(self).update is not LowRank.update or not self.ref.linear or not kernels.possible():
+            return None
+        pair = self.ref.plain_base(x)
+        if pair is not None:
+            return self.fused(x, pair)
+        if not torch.is_grad_enabled() or type(x) is not Tensor:
+            return None
+        y: Tensor = base(x)
+        return cast(Tensor, self.fused(x, y))
+
+    def fused(self, x: Tensor, base: Tensor | tuple[Tensor, Tensor | None], c: Tensor | None = None) -> Tensor | None:
+        """`low_rank_linear` of this pair; None where its dropout is not the usual one and the base not made yet."""
+        p, own = self.dropout if self.host.training else 0.0, x
+        if type(self).drop is not LowRank.drop:
+            p, own = 0.0, self.drop(x)
+            if own is not x and not isinstance(base, Tensor):
+                return None
+        a, b, s = self.scaled()
+        return low_rank_linear(own, base, a, b, s, p=p, c=c)
 
     def group(self) -> Hashable | None:
         plain = self.ref.bypass and type(self).update is LowRank.update

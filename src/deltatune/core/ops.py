@@ -316,3 +316,17 @@ def can_bypass(module: nn.Module, table: dict[str, LinearOp] | None = None) -> b
             # scaled embeddings are understood by EmbeddingOp through their `embed_scale`
             return hasattr(module, "embed_scale") and isinstance(find_op(module, table), EmbeddingOp)
     return False
+
+
+def runs_linear(module: nn.Module) -> bool:
+    """Whether the module's class runs `nn.Linear`'s own forward."""
+    for cls in type(module).__mro__:
+        own = cls.__dict__.get("forward")
+        if own is not None and not getattr(own, "_deltatune_host", False):
+            return own is nn.Linear.forward
+    return False
+
+
+def maps_last_axis(op: LinearOp) -> bool:
+    """Whether a factored product is two plain products on the last axis."""
+    return type(op).factored is LinearOp.factored and not isinstance(op, (VectorOp, ExpertsOp))

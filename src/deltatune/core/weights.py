@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.core.ops import BIASED, LINEAR, ExpertsOp, LinearOp, VectorOp, can_bypass, find_op
+from deltatune.core.ops import (
+    BIASED,
+    LINEAR,
+    ExpertsOp,
+    LinearOp,
+    VectorOp,
+    can_bypass,
+    find_op,
+    maps_last_axis,
+    runs_linear,
+)
 from deltatune.stores import find_layer, find_store
 
 Rows = slice | Tensor | None
@@ -44,6 +54,9 @@ class WeightRef:
         self.op, self.bypass = self._choose_op(len(raw_shape))
         self.raw_shape = raw_shape
         self.full_shape = self.op.matrix(torch.empty(raw_shape, device="meta")).shape
+        #: the module maps the last axis by all of this weight, and whether it does so by `nn.Linear`'s own forward
+        self.linear = self.bypass and rows is None and maps_last_axis(self.op)
+        self.own_forward = runs_linear(module)
         #: equal for two adapters' refs of the same rows of the same parameter of one module
         self.place = (name, tuple(rows.tolist()) if isinstance(rows, Tensor) else str(rows))
         self.shape = torch.Size([*self.full_shape[:-2], self._count_rows(), self.full_shape[-1]])
@@ -136,6 +149,16 @@ class WeightRef:
     def factored_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """As `factored`, one pair per run: `x: (N, k, …)`, `a: (N, r, in)`, `b: (N, out, r)` -> `(N·k, …)`."""
         return self._spread(self.op.factored_rows(self.module, x, self._cast(a, x), self._cast(b, x)))
+
+    def plain_base(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias, if the module is now nothing but `x Wᵀ + b` on ordinary tensors; for `linear` refs."""
+        module = self.module
+        w, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if not self.own_forward or type(x) is not Tensor or "_inner_forward" in module.__dict__:
+            return None
+        if type(w) is not nn.Parameter or w.dtype != x.dtype or w.requires_grad:
+            return None
+        return None if torch.is_autocast_enabled(x.device.type) else (w, bias)
 
     def kron(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """`apply(x, a ⊗ b)` without forming the product; `a: (l, m)`, `b: (out/l, in/m)`."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deltatune.config import register
@@ -62,11 +61,6 @@ class AdaLoraDelta(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.weight * self.lora_E.weight, self.scale * self.lora_B.weight
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.dropout and self.host.training and x.is_floating_point():
-            return F.dropout(x, self.dropout)
-        return x
 
     @torch.no_grad()
     def mask(self, keep: Tensor) -> None:

@@ -13,12 +13,13 @@ One file for every kind of layer: a weight is its matrix (out, in), whatever hol
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from deltatune import kernels
 from deltatune.core.edits import Delta
 from deltatune.core.hosts import Host
 from deltatune.core.ops import ConvOp
@@ -53,6 +54,13 @@ class DoraDelta(Delta):
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
         dropped = self.pair.drop(x)
         return self._change(dropped, self.ref.no_bias(y) if dropped is x else self._plain(dropped))
+
+    def whole(self, x: Tensor, base: Callable[[Tensor], Any]) -> Tensor | None:
+        dropped = self.pair.dropout and self.host.training  # needs W dropout(x) beside W x
+        if dropped or not self.ref.linear or not kernels.possible():
+            return None
+        weights = self.ref.plain_base(x)
+        return None if weights is None else self.pair.fused(x, weights, self.ratio())
 
     def apart(self, x: Tensor) -> Tensor:
         x = self.pair.drop(x)

@@ -35,7 +35,7 @@ class LoHaDelta(LowRank):
     def __init__(self, ref: WeightRef, r: int, scale: float, config: LoHaConfig) -> None:
         super().__init__(ref)
         self.scale = scale
-        self.dropout = ChangeDropout(config.rank_dropout, config.module_dropout, rescale=True)
+        self.change_dropout = ChangeDropout(config.rank_dropout, config.module_dropout, rescale=True)
         out, inp = ref.shape[-2:]
         #: r² ranks cost more than the whole matrix
         self.wide = r * r * (inp + out) > inp * out
@@ -81,7 +81,7 @@ class LoHaDelta(LowRank):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
         out = self._apply(x)
-        return self.dropout(self.ref, out) if self.dropout and self.host.training else out
+        return self.change_dropout(self.ref, out) if self.change_dropout and self.host.training else out
 
     def _apply(self, x: Tensor) -> Tensor:
         if self.ref.op.looks_up:  # the looked-up columns of a product are products of looked-up columns
@@ -92,7 +92,7 @@ class LoHaDelta(LowRank):
         return self.ref.apply(x, self.change()) if self.wide else self.ref.factored(x, *self.factors())
 
     def group(self) -> Hashable | None:
-        alone = self.wide or (self.dropout and self.host.training) or not self.ref.bypass
+        alone = self.wide or (self.change_dropout and self.host.training) or not self.ref.bypass
         return None if alone else (LowRank, self.ref.place)
 
 

@@ -15,7 +15,6 @@ from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.config import TargetedConfig, register
@@ -77,16 +76,15 @@ class LoraDelta(LowRank):
             slot.later = partial(_packed, ref, later, which)
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        a, b, s = LoraDelta.scaled(self)
+        return a, s * b
+
+    def scaled(self) -> tuple[Tensor, Tensor, float]:
         a, b = self.ref.op.unpack(self.lora_A.weight, self.lora_B.weight)
         if self.start is not None:
             a0, b0 = self.ref.op.unpack(self.start[0].weight, self.start[1].weight)
             a, b = torch.cat([a, a0], -2), torch.cat([b, -b0], -1)  # B A - B0 A0, of rank 2r
-        return a, self.scale * b
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.dropout and self.host.training and x.is_floating_point():
-            return F.dropout(x, self.dropout)
-        return x
+        return a, b, self.scale
 
 
 def _packed(ref: WeightRef, later: Later, which: str) -> Tensor:

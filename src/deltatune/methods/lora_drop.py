@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.config import register
@@ -69,11 +68,6 @@ class SharedDelta(LowRank):
     def factors(self) -> tuple[Tensor, Tensor]:
         a, b = self.ref.op.unpack(self.pair[0].weight, self.pair[1].weight)
         return a, self.scale * b
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.dropout and self.host.training and x.is_floating_point():
-            return F.dropout(x, self.dropout)
-        return x
 
 
 @register

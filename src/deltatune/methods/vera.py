@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.config import TargetedConfig, register
@@ -89,11 +88,6 @@ class VeraDelta(LowRank):
 
     def group(self) -> Hashable | None:
         return (LowRank, self.ref.place) if self.ref.bypass else None
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.dropout and self.host.training and x.is_floating_point():
-            return F.dropout(x, self.dropout)
-        return x
 
 
 @register

@@ -1,0 +1,166 @@
+"""One autograd node for a linear layer with a low-rank change:
+
+    u = W x + s · B A drop(x)        y = c ∘ u + b        c: (out,), 1 where nothing rescales rows
+
+Kept for backward: x itself (its storage is shared by all layers that read it) where A trains, h = A drop(x), and, where
+c trains, the output, which activations keep anyway. Casts are made again, dropout is drawn again from its seed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from deltatune import kernels
+from deltatune.kernels.dropout import dropper, new_seed
+
+
+def low_rank_linear(
+    x: Tensor,
+    base: Tensor | tuple[Tensor, Tensor | None],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    p: float = 0.0,
+    c: Tensor | None = None,
+) -> Tensor:
+    """The changed layer's output.
+
+    Args:
+        x: `(…, in)`.
+        base: the layer's own output `(…, out)`, or its weight `(out, in)` and bias, whose product is then made here.
+        a: `(r, in)`. b: `(out, r)`; of any dtype. scale: s.
+        p: probability of dropout on the input of `a`.
+        c: `(out,)`, only with a weight; there must be no dropout then.
+    """
+    y, w, bias = (base, None, None) if isinstance(base, Tensor) else (None, *base)
+    if torch.is_grad_enabled() or p:
+        numbers = (scale, p, new_seed() if p else 0, kernels.mode() == "lean")
+        return cast(Tensor, _LowRankLinear.apply(x, y, w, bias, a, b, c, numbers))  # type: ignore[no-untyped-call]
+    return _forward(x, y, w, bias, a, b, c, scale, x)[0]
+
+
+def _forward(
+    x: Tensor,
+    y: Tensor | None,
+    w: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    scale: float,
+    dropped: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(y, h); `scale` has the rescaling of dropout in it."""
+    dtype = x.dtype if y is None else y.dtype
+    b = b.to(dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    h = F.linear(dropped.reshape(rows.shape).to(dtype), a.to(dtype))  # (T, r)
+    if y is not None:
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.mT, alpha=scale).view(y.shape), h
+    assert w is not None
+    out = F.linear(rows, w, bias if c is None else None).addmm_(h, b.mT, alpha=scale)
+    if c is not None:
+        out.mul_(c.to(dtype))
+        if bias is not None:
+            out.add_(bias)
+    return out.view(*x.shape[:-1], -1), h
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        w: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor | None,
+        numbers: tuple[float, float, int, bool],
+    ) -> Tensor:
+        scale, p, seed, lean = numbers
+        with torch.autocast(x.device.type, enabled=False):
+            dropped, s = x, scale
+            if p:
+                copy = x.clone(memory_format=torch.contiguous_format)
+                dropped, s = dropper(x.shape, x.device, p, seed)(copy), scale / (1 - p)
+            out, h = _forward(x, y, w, bias, a, b, c, s, dropped)
+        need_c = ctx.needs_input_grad[6]
+        need_x = ctx.needs_input_grad[4] or need_c
+        kept_y = out if need_c and not lean else None
+        ctx.save_for_backward(x if need_x else None, w, a, b, c, h, kept_y, bias if need_c else None)
+        ctx.numbers, ctx.like, ctx.dtype = (s, p, seed), (x.shape, x.dtype, x.device), out.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, a, b, c, h, out, bias = ctx.saved_tensors
+        s, p, seed = ctx.numbers
+        shape, x_dtype, device = ctx.like
+        need_x, need_y, _, need_bias, need_a, need_b, need_c, _ = ctx.needs_input_grad
+        dtype = ctx.dtype
+        g = dy.reshape(-1, dy.shape[-1])
+        d_bias = g.sum(0) if need_bias else None
+        if x is not None:
+            x = x.reshape(-1, shape[-1]).to(dtype)
+        dc = _grad_of_c(g, x, w, a, b, c, h, out, bias, s) if need_c else None
+        if c is not None:
+            g = g * c.to(dtype)
+        db = (h.mT @ g).mT.to(b.dtype) * s if need_b else None
+        dh = g @ b.to(dtype) * s if need_a or need_x else None  # (T, r)
+        drop = dropper(torch.Size([g.shape[0], shape[-1]]), device, p, seed) if p and dh is not None else None
+        dx = da = None
+        if need_a:
+            assert dh is not None
+            da = (dh.mT @ (x if drop is None else drop(x.clone()))).to(a.dtype)
+        if need_x:
+            assert dh is not None
+            dx = _grad_of_x(g, w, dh, a.to(dtype), drop).view(shape).to(x_dtype)
+        return dx, dy if need_y else None, None, d_bias, da, db, dc, None
+
+
+def _grad_of_x(g: Tensor, w: Tensor | None, dh: Tensor, a: Tensor, drop: Any) -> Tensor:
+    """Wᵀ g + drop(Aᵀ dh)."""
+    if drop is not None:
+        ours: Tensor = drop(dh @ a)
+        return ours if w is None else ours.addmm_(g, w)
+    return dh @ a if w is None else torch.mm(g, w).addmm_(dh, a)
+
+
+def _grad_of_c(
+    g: Tensor,
+    x: Tensor | None,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    h: Tensor,
+    out: Tensor | None,
+    bias: Tensor | None,
+    s: float,
+) -> Tensor:
+    """Σ g ∘ u over positions, from the output (u = (y - b) / c), or from u made again."""
+    if out is None:
+        assert x is not None
+        u = torch.mm(x, w.mT).addmm_(h, b.to(h.dtype).mT, alpha=s)
+        return (g * u).sum(0).to(c.dtype)
+    total = (g * out.reshape(g.shape)).sum(0, dtype=c.dtype)
+    if bias is not None:
+        total = total - bias * g.sum(0, dtype=c.dtype)
+    zero = c == 0
+    if not bool(zero.any()):
+        return total / c
+    assert x is not None  # rows that c silences say nothing of their u
+    rows = zero.nonzero().flatten()
+    u = torch.mm(x, w[rows].mT).addmm_(h, b[rows].to(h.dtype).mT, alpha=s)
+    return torch.where(zero, 0, total / torch.where(zero, 1, c)).index_copy(
+        0, rows, (g[:, rows] * u).sum(0).to(c.dtype)
+    )
