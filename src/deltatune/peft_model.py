@@ -10,7 +10,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -389,11 +389,9 @@ class PeftModel(nn.Module):
         with plan.call(state), plan.steady():
             return model.generate(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
         """Runs the body as the plain base. O(1); nothing else changes, training flags included."""
-        with self.adapters.disabled():
-            yield
+        return self.adapters.disabled()
 
     # ------------------------------------------------------------------ adapters
     def add_adapter(

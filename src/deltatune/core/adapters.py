@@ -31,6 +31,17 @@ ATTRIBUTE = "_deltatune"
 LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 
+class Modules(dict[str, nn.Module]):
+    """The model's own modules by path, from one walk."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(base_modules(root))
+        self.root = root
+
+    def __missing__(self, path: str) -> nn.Module:
+        return self.root.get_submodule(path)  # another name of a shared module
+
+
 def adapters_of(model: nn.Module) -> AdapterSet | None:
     """The adapters attached to `model`, if any."""
     return model.__dict__.get(ATTRIBUTE)
@@ -70,9 +81,10 @@ class AdapterSet:
         if not isinstance(config, TargetedConfig):
             raise ConfigError(f"{type(config).__name__} gives no edits; a method's configuration is needed")
         undo = config.prepare(self.root)
+        modules = Modules(self.root)
         try:
             with self.merged.base_in_place(), torch.device("meta") if meta else contextlib.nullcontext():
-                bank, made = self._build(config)
+                bank, made = self._build(config, modules)
             if not any(edits for _, edits in made):
                 raise ConfigError(f"{type(config).__name__} changes nothing in this model")
         except DeltatuneError:
@@ -85,7 +97,8 @@ class AdapterSet:
         if bank is not None:
             self._attach_bank(name, bank, float32)
         for site, edits in made:
-            self._attach(name, site, edits, float32)
+            self._attach(name, site, edits, float32, modules)
+        close_fused_paths(modules, [site.path for site, _ in made])
         self.merged.tell(self.deltas(name))
         self.set_requires_grad(name, not config.inference_mode)
         if any(edit.changes_base for edit in self.edits[name]):
@@ -100,9 +113,11 @@ class AdapterSet:
         if hasattr(AdapterTensors(), name):
             raise AdapterNameError(f"{name!r} cannot name an adapter: torch modules have an attribute of that name")
 
-    def _build(self, config: TargetedConfig) -> tuple[Bank | None, list[tuple[Site, list[Edit]]]]:
+    def _build(
+        self, config: TargetedConfig, modules: dict[str, nn.Module]
+    ) -> tuple[Bank | None, list[tuple[Site, list[Edit]]]]:
         """(what the sites share, the edits of every site); nothing is attached yet."""
-        sites = [(site, self._ref(site)) for site in config.sites(self.root)]
+        sites = [(site, self._ref(site, modules)) for site in config.sites(self.root)]
         bank = config.bank([(ref, site) for site, ref in sites if ref is not None])
         made: list[tuple[Site, list[Edit]]] = []
         for site, ref in sites:
@@ -116,24 +131,23 @@ class AdapterSet:
         made += config.extras(self.root, made)
         return bank, made
 
-    def _ref(self, site: Site) -> WeightRef | None:
+    def _ref(self, site: Site, modules: dict[str, nn.Module]) -> WeightRef | None:
         """The weight at a site; None for sites of a whole module."""
         if site.parameter is None:
             return None
-        ref = WeightRef(self.root.get_submodule(site.path), site.parameter, site.rows)
+        ref = WeightRef(modules[site.path], site.parameter, site.rows)
         ref.original = self.merged.originals.get((id(ref.owner), ref.leaf))
         return ref
 
-    def _attach(self, name: str, site: Site, edits: list[Edit], float32: bool) -> None:
+    def _attach(self, name: str, site: Site, edits: list[Edit], float32: bool, modules: dict[str, nn.Module]) -> None:
         for bank in (e for e in edits if isinstance(e, Bank)):
             self._attach_bank(name, bank, float32)
         edits = [e for e in edits if not isinstance(e, Bank)]
         if not edits:
             return
-        module = self.root.get_submodule(site.path)
+        module = modules[site.path]
         hosted = host(module, self.plan, site.path)
-        close_fused_paths(self.root, site.path)
-        home = self.root.get_submodule(site.home or site.path)
+        home = modules[site.home or site.path]
         for edit in edits:
             for slot in edit.slots:
                 _settle(slot, edit, module, float32)
@@ -231,7 +245,8 @@ class AdapterSet:
         self.check(*chosen)
         if len(set(chosen)) != len(chosen):
             raise AdapterNameError(f"an adapter is named twice in {list(chosen)}")
-        self._check_together(chosen)
+        if len(chosen) > 1:
+            self._check_together(chosen)
         self.plan.active, self.plan.tree = chosen, None
         self.plan.refresh()
 
@@ -293,14 +308,17 @@ class AdapterSet:
             )
         return State((), RowPlan.of(names, positions))
 
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Runs the body as the plain base, whatever is active or merged.
 
         Raises:
             ConfigError: a training procedure has changed the base itself.
         """
         self.check_base()
+        return self._on_base() if self.merged else self.plan.disabled()
+
+    @contextlib.contextmanager
+    def _on_base(self) -> Iterator[None]:
         with self.plan.disabled(), self.merged.base_in_place():
             yield
 

@@ -142,7 +142,7 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
     edits = _edits(host, state)
     if not edits:
         return base(*args, **kwargs)
-    if len(edits) == 1 and len(args) == 1 and not kwargs and not host.plan.merged:
+    if len(edits) == 1 and len(args) == 1 and not kwargs and not host.plan.merged and not host.plan.rounds:
         whole = edits[0].whole(args[0], base)
         if whole is not None:
             return whole
@@ -175,6 +175,9 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
 
     Edits that say so (`Edit.group`) share one product over the rows of all their adapters.
     """
+    shared = None if torch.compiler.is_compiling() else rows.remember(("shared", id(host)), lambda: _shared(host, rows))
+    if shared is not None:
+        return _run_shared(host, base, rows, shared, args, kwargs)
     groups = [(edits, r) for n, r in rows.groups if (edits := _row_edits(host, n))]
     where = f"{type(host).__name__} {host.path!r}"
     args, kwargs = _pre_rows(groups, rows, args, kwargs, where)
@@ -198,6 +201,32 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
                 together.setdefault(key, []).append((edit, members))
     for members_of in together.values():
         total = _add_together(members_of, rows, x, y, total, where)
+    return (total, *out[1:]) if isinstance(out, tuple) else total
+
+
+Members = list[tuple[Edit, tuple[int, ...]]]
+
+
+def _shared(host: Any, rows: RowPlan) -> list[Members] | None:
+    """The edits of all rows by the product they share; None if one runs alone on its rows. Worked out once a call."""
+    together: dict[Hashable, Members] = {}
+    for name, members in rows.groups:
+        for edit in _row_edits(host, name):
+            key = edit.group() if is_additive(edit) and type(edit).pre is Edit.pre else None
+            if key is None:
+                return None
+            together.setdefault(key, []).append((edit, members))
+    return list(together.values())
+
+
+def _run_shared(host: Any, base: Base, rows: RowPlan, shared: list[Members], args: Args, kwargs: Kwargs) -> Any:
+    out = base(*args, **kwargs)
+    if not shared:
+        return out
+    y = out[0] if isinstance(out, tuple) else out
+    x, total = first_tensor(args, kwargs), y
+    for members in shared:
+        total = _add_together(members, rows, x, y, total, f"{type(host).__name__} {host.path!r}")
     return (total, *out[1:]) if isinstance(out, tuple) else total
 
 
@@ -279,7 +308,10 @@ def _add_together(
     edits = [edit for edit, _ in members]
     first = edits[0]
     base = y if first.reads_output else None
+    alone = not torch.is_grad_enabled() and not first.reads_output  # then the base's output need not be kept
     if index is None:
+        if alone and total.dtype == x.dtype:
+            return total.add_(first.update_rows(edits, sizes, x, None))
         return total + first.update_rows(edits, sizes, x, base).to(total.dtype)
     change = first.update_rows(edits, sizes, x[index], None if base is None else base[index])
     return total.index_add(0, index, change.to(total.dtype))

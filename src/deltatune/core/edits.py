@@ -58,6 +58,10 @@ class AdapterTensors(nn.Module):
         return x
 
 
+#: ranks are padded to multiples of this, which grouped products need
+ALIGN = 8
+
+
 class Leaf(nn.Module):
     """Holds the tensors of one adapter under their leaf names (`weight`, `bias`)."""
 
@@ -325,8 +329,19 @@ class LowRank(Delta):
             p, own = 0.0, self.drop(x)
             if own is not x and not isinstance(base, Tensor):
                 return None
-        a, b, s = self.scaled()
+        if not torch.is_grad_enabled():
+            plan: Plan = cast(Any, self.host).plan
+            a, b, s = plan.remember(("pair", id(self), x.dtype), lambda: self._ready(x.dtype))
+        else:
+            a, b, s = self.scaled()
         return low_rank_linear(own, base, a, b, s, p=p, c=c)
+
+    def _ready(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """`scaled` for calls that only read: in their dtype, and `b` in the memory order that few rows read faster."""
+        a, b, s = self.scaled()
+        if not cast(Any, self.host).plan.is_steady:
+            return a, b, s
+        return a.to(dtype), b.to(dtype).mT.contiguous().mT, s
 
     def group(self) -> Hashable | None:
         plain = self.ref.bypass and type(self).update is LowRank.update
@@ -351,24 +366,43 @@ class LowRank(Delta):
         return self.grouped(*self.stack(pairs, x.dtype), sizes, x)
 
     def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`a: (n, r, in)` and `b: (n, out, r)` of several adapters, ranks padded to the largest."""
+        """`a: (n, r, in)` and `b: (n, out, r)` of several adapters, ranks padded to a multiple of 8 where they differ.
+
+        The memory of `b` is `(n, r, out)`, which products of few rows read much faster.
+        """
         dtype = dtype if dtype.is_floating_point else self.ref.dtype
-        if len({a.shape[-2] for a, _ in pairs}) == 1:
-            return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b for _, b in pairs]).to(dtype)
-        r = max(a.shape[-2] for a, _ in pairs)
-        a = torch.stack([nn.functional.pad(a, (0, 0, 0, r - a.shape[-2])) for a, _ in pairs])
-        b = torch.stack([nn.functional.pad(b, (0, r - b.shape[-1])) for _, b in pairs])
-        return a.to(dtype), b.to(dtype)
+        ranks = {a.shape[-2] for a, _ in pairs}
+        if len(ranks) > 1:
+            r = -(-max(ranks) // ALIGN) * ALIGN
+            pairs = [(F.pad(a, (0, 0, 0, r - a.shape[-2])), F.pad(b, (0, r - b.shape[-1]))) for a, b in pairs]
+        return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b.mT for _, b in pairs]).to(dtype).mT
 
     def grouped(self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor) -> Tensor:
-        """Runs of equal length share one batched product; others get their factors row by row."""
+        """Runs of equal length share one batched product, others one grouped by run."""
         n = len(sizes)
         if n == 1:
             return self.ref.factored(x, a[0], b[0])
         if len(set(sizes)) == 1:
             return self.ref.factored_rows(x.reshape(n, sizes[0], *x.shape[1:]), a, b)
+        if self.ref.linear and groupable(x, a, b):
+            return self._by_runs(a, b, sizes, x)
         rows = torch.tensor([i for i, k in enumerate(sizes) for _ in range(k)], device=x.device)
         return self.ref.factored_rows(x.unsqueeze(1), a[rows], b[rows])
+
+    def _by_runs(self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        each = tokens.shape[0] // x.shape[0]
+        ends = torch.tensor([k * each for k in sizes], device=x.device).cumsum(0, dtype=torch.int32)
+        h = F.grouped_mm(tokens, a.mT, offs=ends)
+        return F.grouped_mm(h, b.mT, offs=ends).view(*x.shape[:-1], -1)
+
+
+def groupable(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether torch has a grouped product for these; the sizes it takes are whole 16-byte blocks."""
+    if not hasattr(F, "grouped_mm") or torch.compiler.is_compiling():
+        return False
+    kinds = {torch.float32, torch.bfloat16} if x.device.type == "cpu" else {torch.bfloat16}
+    return x.dtype in kinds and not any(d % ALIGN for d in (a.shape[-1], a.shape[-2], b.shape[-2]))
 
 
 class Witness(Edit):

@@ -6,7 +6,7 @@ they were, and there is no wrapper module and no forward hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
@@ -101,11 +101,13 @@ def unhost(module: nn.Module) -> None:
     swap.__class__ = module._plain
 
 
-def close_fused_paths(root: nn.Module, path: str) -> None:
-    """Switches off the fused paths of the modules above `path` (see `FUSED_PATHS`)."""
-    parts = path.split(".")
-    for i in range(len(parts)):
-        parent = root.get_submodule(".".join(parts[:i]))
+def close_fused_paths(modules: dict[str, nn.Module], paths: Iterable[str]) -> None:
+    """Switches off the fused paths of the modules above `paths` (see `FUSED_PATHS`); `modules` has all by path."""
+    above = {""}
+    for path in paths:
+        while path and (path := path.rpartition(".")[0]) not in above:
+            above.add(path)
+    for parent in (modules[path] for path in above):
         for name in class_names(type(parent)):
             if name in FUSED_PATHS:
                 attribute, value = FUSED_PATHS[name]

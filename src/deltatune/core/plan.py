@@ -44,6 +44,12 @@ class RowPlan:
                 groups.setdefault(name, []).append(i)
         return cls(tuple((n, tuple(rows)) for n, rows in groups.items()), len(names), len(names) * positions)
 
+    def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """`compute()` the first time in this call."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return cast(T, self._known[key])
+
     def index(self, rows: tuple[int, ...], size: int, device: torch.device, where: str) -> torch.Tensor:
         """Positions along an axis of `size` that belong to batch `rows`.
 
@@ -151,6 +157,11 @@ class Plan:
             yield
         finally:
             self._memo = outer
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether `remember` keeps anything now."""
+        return self._memo is not None and not torch.compiler.is_compiling()
 
     def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, or within `steady` its first result for this key."""

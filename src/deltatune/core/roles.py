@@ -65,8 +65,9 @@ def todays_names(names: Iterable[str], paths: Sequence[str]) -> list[str]:
     for name in names:
         hit = any(p == name or p.endswith(f".{name}") for p in paths)
         role = None if hit else role_of(name.rpartition(".")[2])
-        today = sorted({p.rpartition(".")[2] for p in paths if role_of(p.rpartition(".")[2]) == role})
-        if role is None or len(today) != 1:
+        leaves = {p.rpartition(".")[2] for p in paths} if role is not None else set()
+        today = sorted(leaf for leaf in leaves if role_of(leaf) == role)
+        if len(today) != 1:
             result.append(name)
             continue
         warnings.warn(f"target_modules {name!r} is called {today[0]!r} in this model; using {today[0]!r}", stacklevel=2)

@@ -201,7 +201,7 @@ def targets(model: nn.Module, config: TargetedConfig) -> dict[str, list[str]]:
     wanted = config.target_modules
     kinds = [p for p in paths if find_op(modules[p]) is not None or is_multihead(modules[p])]
     saved = set() if not config.modules_to_save else set(saved_modules(model, config))
-    inside_saved = {p for p in paths if any(p == s or p.startswith(f"{s}.") for s in saved)}
+    inside_saved = {p for p in paths if any(p == s or p.startswith(f"{s}.") for s in saved)} if saved else set()
     if wanted == ALL_LINEAR:
         skip = output_layers(model) | inside_saved
         found = {ALL_LINEAR: [p for p in kinds if p not in skip and is_linear(modules[p])]}

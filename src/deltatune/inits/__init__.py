@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -225,9 +225,11 @@ def start(request: Request) -> Start:
 
 def _placeholder(init: Init, request: Request) -> Start:
     """Tensors of the right shapes for a file to fill."""
-    if not init.offset:
-        return replace(INITS["default"].make(request), freezes_b=init.freezes_b)
     *batch, out, inp = request.ref.shape
+    if not init.offset:  # a file that lacks a factor gets LoRA's own start
+        device = request.ref.device
+        a, b = torch.empty(*batch, request.r, inp, device=device), torch.empty(*batch, out, request.r, device=device)
+        return Start(a, b, freezes_b=init.freezes_b, later=Later(INITS["default"].make, request))
     a, b = torch.zeros(*batch, request.r, inp), torch.zeros(*batch, out, request.r)
     if request.ref.op.looks_up:
         # peft gives an embedding LoRA's own start whatever the init, so a file of its has nothing to subtract there

@@ -71,8 +71,7 @@ class LoraDelta(LowRank):
 
     def _fill_later(self, ref: WeightRef, later: Later) -> None:
         """What a file lacks is computed when it has been read."""
-        assert self.start is not None
-        for slot, which in zip((self.lora_A, self.lora_B, *self.start), "abab", strict=True):
+        for slot, which in zip((self.lora_A, self.lora_B, *(self.start or ())), "abab", strict=False):
             slot.later = partial(_packed, ref, later, which)
 
     def factors(self) -> tuple[Tensor, Tensor]:
