@@ -43,6 +43,7 @@ _WHERE: dict[str, str] = {
     **dict.fromkeys(["get_peft_model", "inject_adapter_in_model"], "deltatune.mapping"),
     "dequantize_model": "deltatune.stores.dense",
     "prepare_model_for_kbit_training": "deltatune.kbit",
+    "quantize_and_adapt": "deltatune.quantised_start",
     "quantize_model": "deltatune.stores.nf4_layer",
     **dict.fromkeys(["convert_to_lora", "save_as_lora"], "deltatune.convert"),
     **dict.fromkeys(["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"], "deltatune.state"),

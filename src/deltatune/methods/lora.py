@@ -91,7 +91,10 @@ def _packed(ref: WeightRef, later: Later, which: str) -> Tensor:
 
 
 #: option of `LoraConfig` -> the delta that it asks for, where that is not LoRA's own: "module:class"
-VARIANTS: dict[str, str] = {"use_dora": "deltatune.methods.dora:DoraDelta"}
+VARIANTS: dict[str, str] = {
+    "use_dora": "deltatune.methods.dora:DoraDelta",
+    "use_qalora": "deltatune.methods.qalora:QaloraDelta",
+}
 
 
 @register
@@ -118,7 +121,8 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: a head tied to an adapted or copied embedding follows it.
         enable_lora: which parts of a fused projection (q, k, v) are adapted, each with factors of its own; a list,
             or module name -> list (loralib's MergedLinear).
-        megatron_core, qalora_group_size: kept as files have them; what they belong to is refused.
+        use_qalora: one column of A per `qalora_group_size` inputs, so that a merge fits group-wise zero-points.
+        megatron_core: kept as files have it; what it belongs to is refused.
         rank_pattern, alpha_pattern: path, path ending or regular expression -> r, alpha.
 
     Raises:
@@ -164,6 +168,7 @@ class LoraConfig(TargetedConfig):
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "dora": {"use_dora": True},
         "bias": {"lora_bias": True},
+        "qalora": {"use_qalora": True, "qalora_group_size": 4},
         "pissa": {"init_lora_weights": "pissa"},  # stands for all inits that carry a frozen start
     }
     #: fields of peft that this release does not have yet; setting one is an error
@@ -171,7 +176,6 @@ class LoraConfig(TargetedConfig):
         "megatron_config",
         "velora_config",
         "alora_invocation_tokens",
-        "use_qalora",
         "monteclora_config",
         "use_bdlora",
         "arrow_config",
@@ -281,5 +285,6 @@ class LoraConfig(TargetedConfig):
         for option, where in VARIANTS.items():
             if getattr(self, option):
                 module, _, name = where.partition(":")
-                return getattr(import_module(module), name)  # type: ignore[no-any-return]
+                variant = getattr(import_module(module), name)
+                return partial(variant, group=self.qalora_group_size) if option == "use_qalora" else variant
         return LoraDelta

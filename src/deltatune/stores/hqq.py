@@ -39,6 +39,9 @@ class HqqStore:
     def save(self, packed: Packed, value: Tensor) -> Packed:
         from hqq.core.quantize import Quantizer
 
+        shifted = self._shifted(packed, value)
+        if shifted is not None:
+            return shifted
         codes, meta = Quantizer.quantize(
             value.float(),
             device=str(packed.device),
@@ -51,6 +54,20 @@ class HqqStore:
             meta[name] = meta[name].to(old.device, old.dtype)
         made = nn.Parameter(codes.to(packed.device), requires_grad=False)
         return Packed(self, {"W_q": made}, {**packed.about, "meta": meta})
+
+    def _shifted(self, packed: Packed, value: Tensor) -> Packed | None:
+        """The same integers under other zero-points, if the change is constant within every group; else None."""
+        meta, options = packed.about["meta"], packed.about["options"]
+        size = options["group_size"]
+        if options["axis"] != 1 or not size:
+            return None
+        change = (value.float() - self.load(packed).float()).reshape(-1, size)
+        mean = change.mean(1, keepdim=True)
+        if float((change - mean).abs().max()) > 1e-6 * float(change.abs().max()) + 1e-7:
+            return None
+        zero = meta["zero"].float() - mean / meta["scale"].float()
+        new = {**meta, "zero": zero.to(meta["zero"].dtype)}
+        return Packed(self, dict(packed.tensors), {**packed.about, "meta": new})
 
     def gather(self, layer: Any) -> Packed:
         options = layer.quant_config["weight_quant_params"]
