@@ -440,3 +440,15 @@ def test_options_of_a_procedure_can_be_set_on_the_command_line(tmp_path, model_d
     assert load_recipe(path, ["procedure={name: LISA}"]).procedure == {"name": "lisa"}
     with pytest.raises(ValueError, match="no such option; did you mean 'ratio'"):
         load_recipe(path, ["procedure.ration=3"])
+
+
+@pytest.mark.parametrize("name", ["adalora", "relora"])
+def test_the_end_of_a_run_shows_what_the_procedure_tells(name, tmp_path, model_dir):
+    from deltatune.train.report import show_result
+
+    console = Console(file=io.StringIO(), width=200)
+    recipe = recipe_for(name, tmp_path, model_dir)
+    show_result(train(recipe, console=console), console)
+    shown = {"adalora": "ranks 0 to 4, budget 16", "relora": "restarts 2, max rank 12"}
+    assert shown[name] in console.file.getvalue()
+    assert (recipe.run_dir / "ranks.png").is_file() == (name == "adalora")

@@ -247,3 +247,13 @@ def test_a_tasks_head_is_saved_with_the_base(tmp_path):
     loaded = PeftModel.from_pretrained(bert(), tmp_path)
     with torch.no_grad():
         assert torch.allclose(loaded(input_ids=ids()).logits, model.eval()(input_ids=ids()).logits, atol=1e-6)
+
+
+def test_restarts_are_counted_as_they_happen():
+    model = model_of()
+    optimizer, schedule = start(model)
+    counts = []
+    for i in range(STEPS):
+        step(model, optimizer, i)
+        counts.append(schedule.run.logs["restarts"])
+    assert counts == [0] * 3 + [1] * 4 + [2] * 5

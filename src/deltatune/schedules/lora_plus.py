@@ -84,6 +84,7 @@ class LoraPlusSchedule(Schedule):
         super().__init__(run)
         self.options = options
         self.rates = options.rates(run.edits())
+        #: kept, so that no other tensor gets one of these ids
         self._params = [s.weight for e in run.edits() for s in e.slots]
 
     def rate(self, param: Tensor) -> Rate | None:

@@ -187,7 +187,7 @@ class ReLoraSchedule(Schedule):
 
     def begin(self) -> None:
         self.first.choose()
-        if self.first.going or self.rest or self.run.step > self.options.warm_start + self.options.cycle:
+        if self.options.warm_start or self.rest or self.restarts():
             changed(self.run, "ReLoRA")
 
     def since(self, step: int) -> int:
@@ -217,7 +217,12 @@ class ReLoraSchedule(Schedule):
             and self.since(done) == done
         ):
             self.restart((done - options.warm_start) // options.cycle)
-        self.run.logs["restarts"] = max(done - 1 - options.warm_start, 0) // options.cycle
+        self.run.logs["restarts"] = self.restarts()
+
+    def restarts(self) -> int:
+        """How many there have been; none comes after the last step."""
+        steps = self.run.step - self.options.warm_start
+        return max(steps - (self.run.step == self.run.total), 0) // self.options.cycle
 
     @torch.no_grad()
     def restart(self, number: int) -> None:
@@ -250,8 +255,7 @@ class ReLoraSchedule(Schedule):
 
     def report(self) -> dict[str, Any]:
         """`restarts`: how many there were; `max_rank`: what the rank of the whole change may be."""
-        cycles = max(self.run.step - 1 - self.options.warm_start, 0) // self.options.cycle
-        return {"restarts": cycles, "max_rank": (cycles + 1) * max(d.r for d in self.deltas)}
+        return {"restarts": self.restarts(), "max_rank": (self.restarts() + 1) * max(d.r for d in self.deltas)}
 
     def save(self, folder: Path) -> bool:
         write_changed(self.run.root, self.base_tensors().values(), folder, self.run.adapter)

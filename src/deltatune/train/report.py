@@ -53,12 +53,24 @@ def metric_rows(result: RunResult) -> list[tuple[str, str, str]]:
 def cost_rows(result: RunResult) -> list[tuple[str, str]]:
     """(name, value) of what the run took and made."""
     share = 100 * result.trainable / max(result.total, 1)
+    told = [(name, _told(report)) for name, report in result.procedures.items()]
     return [
         ("trainable parameters", f"{result.trainable:,} of {result.total:,} ({share:.3f} %)"),
         ("training time", f"{duration(result.seconds)} for {result.steps} steps"),
         ("peak memory", size(result.peak_memory)),
         ("adapter size", size(result.adapter_bytes)),
+        *told,
     ]
+
+
+def _told(report: dict[str, Any]) -> str:
+    """What a procedure tells, in a line; of long lists their range."""
+    parts = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            value = f"{min(value.values())} to {max(value.values())}" if value else "none"
+        parts.append(f"{key.replace('_', ' ')} {value}")
+    return ", ".join(parts)
 
 
 def show_result(result: RunResult, console: Console) -> None:
