@@ -5,7 +5,7 @@ Four questions, each with its own model and data:
     language   SmolLM2-135M learns E2E (restaurant data to sentences), 60 steps of 2 rows
     classes    MiniLM learns the ten intents of Banking10 (a part of Banking77), 100 steps of 8 rows, three seeds
     scratch    a Llama of 0.6 million parameters is trained from nothing on maths problems (GSM8K), three seeds
-    memory     SmolLM2 and E2E again, three seeds: LISA against the LoRA that needs the same memory for training
+    memory     SmolLM2 and E2E again, 30 steps, three seeds: LISA against the LoRA that needs the same memory for training
 
 Every entry of a question sees the same batches. Of the learning rates that an entry lists, the first seed tries all and
 the one with the lowest held-out loss goes on. A killed run goes on where it stopped.
@@ -120,7 +120,7 @@ def language(folder: Path) -> Question:
             (2e-3,),
             {"name": "relora", "cycle": 20, "restart_warmup": 3, "train_rest": False},
         ),
-        "LISA": Entry(WHOLE, (2e-5,), {"name": "lisa", "layers": 2, "every": 5}),
+        "LISA": Entry(WHOLE, (5e-5,), {"name": "lisa", "layers": 2, "every": 5}),
         "Full, then LoRA": Entry(
             {**LORA, **LINEAR}, (2e-3,), {"name": "full_then_lora", "share": 0.2, "full_rate": 0.01, "warmup": 4}
         ),
@@ -130,10 +130,10 @@ def language(folder: Path) -> Question:
 
 def memory(folder: Path) -> Question:
     entries = {
-        "LISA": Entry(WHOLE, (2e-5, 1e-4), {"name": "lisa", "layers": 2, "every": 5}),
-        "LoRA, equal memory": Entry({**LORA, **LINEAR, "r": 64, "lora_alpha": 128}, (5e-4, 1e-3)),
+        "LISA": Entry(WHOLE, (5e-5,), {"name": "lisa", "layers": 2, "every": 5}),
+        "LoRA, equal memory": Entry({**LORA, **LINEAR, "r": 64, "lora_alpha": 128}, (1e-3,)),
     }
-    return smollm2(folder, 3, entries)
+    return smollm2(folder, 3, entries, 30)
 
 
 def classes(folder: Path) -> Question:
@@ -197,7 +197,7 @@ def scratch(folder: Path) -> Question:
     # for one low-rank run that trains the rest in full as ReLoRA does: no restart before the end
     once = {"name": "relora", "cycle": 359, "restart_warmup": 10, "reset": "zero"}
     entries = {
-        "all weights": Entry(None, (3e-3, 1e-2)),
+        "all weights": Entry(None, (3e-3,)),
         "one LoRA": Entry(pair, (3e-3, 6e-3), once),
         "ReLoRA": Entry(pair, (3e-3, 6e-3), relora),
         "one LoRA, warm start": Entry(pair, (6e-3,), {**once, "warm_start": 90, "cycle": 269}),
@@ -210,9 +210,9 @@ def scratch(folder: Path) -> Question:
 
 QUESTIONS: dict[str, Callable[[Path], Question]] = {
     "classes": classes,
-    "scratch": scratch,
     "language": language,
     "memory": memory,
+    "scratch": scratch,
 }
 
 
