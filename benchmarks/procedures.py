@@ -5,7 +5,7 @@ Four questions, each with its own model and data:
     language   SmolLM2-135M learns E2E (restaurant data to sentences), 60 steps of 2 rows
     classes    MiniLM learns the ten intents of Banking10 (a part of Banking77), 100 steps of 8 rows, three seeds
     scratch    a Llama of 0.6 million parameters is trained from nothing on maths problems (GSM8K), three seeds
-    memory     SmolLM2 and E2E again, 30 steps, three seeds: LISA against the LoRA that needs the same memory for training
+    memory     SmolLM2 and E2E again, 30 steps, three seeds: LISA against a LoRA of equal memory in training
 
 Every entry of a question sees the same batches. Of the learning rates that an entry lists, the first seed tries all and
 the one with the lowest held-out loss goes on. A killed run goes on where it stopped.
