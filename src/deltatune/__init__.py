@@ -58,6 +58,7 @@ _WHERE: dict[str, str] = {
     **dict.fromkeys(["LoraGAConfig", "preprocess_loraga"], "deltatune.inits.lora_ga"),
     **dict.fromkeys(["Average", "BatchSplit", "Fuse", "Parallel", "Split", "Stack"], "deltatune.core.composition"),
     "AdaLoraConfig": "deltatune.methods.adalora",
+    "AdaMixConfig": "deltatune.methods.adamix",
     "AdaptionPromptConfig": "deltatune.methods.adaption_prompt",
     "BitFitConfig": "deltatune.methods.bitfit",
     "BottleneckConfig": "deltatune.methods.bottleneck",
@@ -94,6 +95,7 @@ _WHERE: dict[str, str] = {
     "PromptTuningInit": "deltatune.methods.prompt_tuning",
     "SaidConfig": "deltatune.methods.said",
     "ShiraConfig": "deltatune.methods.shira",
+    "SparseAdapterConfig": "deltatune.methods.sparse_adapter",
     "TrainableTokensConfig": "deltatune.methods.trainable_tokens",
     "VeraConfig": "deltatune.methods.vera",
     "initialize_kv_prefix_from_past_key_values": "deltatune.methods.prefix_tuning",
@@ -158,6 +160,7 @@ if TYPE_CHECKING:
     from deltatune.mapping import get_peft_model as get_peft_model
     from deltatune.mapping import inject_adapter_in_model as inject_adapter_in_model
     from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
+    from deltatune.methods.adamix import AdaMixConfig as AdaMixConfig
     from deltatune.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
     from deltatune.methods.bitfit import BitFitConfig as BitFitConfig
     from deltatune.methods.bottleneck import BottleneckConfig as BottleneckConfig
@@ -197,6 +200,7 @@ if TYPE_CHECKING:
     from deltatune.methods.reft import LoReftConfig as LoReftConfig
     from deltatune.methods.said import SaidConfig as SaidConfig
     from deltatune.methods.shira import ShiraConfig as ShiraConfig
+    from deltatune.methods.sparse_adapter import SparseAdapterConfig as SparseAdapterConfig
     from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
     from deltatune.methods.vera import VeraConfig as VeraConfig
     from deltatune.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
