@@ -69,6 +69,8 @@ _WHERE: dict[str, str] = {
     "EvaConfig": "deltatune.inits.eva",
     "FarConfig": "deltatune.methods.far",
     "FishMaskConfig": "deltatune.methods.fish_mask",
+    "CompacterConfig": "deltatune.methods.compacter",
+    "CompacterPlusPlusConfig": "deltatune.methods.compacter",
     "FullConfig": "deltatune.methods.full",
     "FusionConfig": "deltatune.methods.fusion",
     "HiraConfig": "deltatune.methods.hira",
@@ -167,6 +169,8 @@ if TYPE_CHECKING:
     from deltatune.methods.bottleneck import HoulsbyConfig as HoulsbyConfig
     from deltatune.methods.bottleneck import ParallelConfig as ParallelConfig
     from deltatune.methods.bottleneck import PfeifferConfig as PfeifferConfig
+    from deltatune.methods.compacter import CompacterConfig as CompacterConfig
+    from deltatune.methods.compacter import CompacterPlusPlusConfig as CompacterPlusPlusConfig
     from deltatune.methods.diff_pruning import DiffPruningConfig as DiffPruningConfig
     from deltatune.methods.far import FarConfig as FarConfig
     from deltatune.methods.fish_mask import FishMaskConfig as FishMaskConfig

@@ -427,6 +427,16 @@ class PeftModel(nn.Module):
         """Makes adapters train or not, whether they are active or not."""
         self.adapters.set_requires_grad(adapter_names, requires_grad)
 
+    @contextlib.contextmanager
+    def drop_layers(self, count: int) -> Iterator[None]:
+        """Runs the body without the adapters of the lowest `count` layers (AdapterDrop), of every method."""
+        before = self.adapters.plan.dropped
+        self.adapters.drop_layers(count)
+        try:
+            yield
+        finally:
+            self.adapters.drop_layers(before)
+
     # ------------------------------------------------------------------ compositions
     def save_composition(
         self, save_directory: str | os.PathLike[str], composition: Node | None = None, **options: Any

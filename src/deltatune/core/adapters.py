@@ -306,7 +306,18 @@ class AdapterSet:
                 f"adapter {self.plan.merged[0]!r} is merged into the base, so rows cannot be told apart; call "
                 "unmerge_adapter() first"
             )
-        return State((), RowPlan.of(names, positions))
+        return State((), RowPlan.of(names, positions), None, self.plan.dropped)
+
+    def drop_layers(self, count: int) -> None:
+        """AdapterDrop (arXiv 2010.11918): adapters in the lowest `count` layers do not run; O(1).
+
+        Raises:
+            ConfigError: not a number of layers.
+        """
+        if not isinstance(count, int) or count < 0:
+            raise ConfigError(f"the number of layers to drop must be a whole number of at least 0, not {count!r}")
+        self.plan.dropped = count
+        self.plan.refresh()
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Runs the body as the plain base, whatever is active or merged.

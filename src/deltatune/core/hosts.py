@@ -6,6 +6,8 @@ they were, and there is no wrapper module and no forward hook.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
@@ -29,6 +31,8 @@ class Host:
     """Mixed in front of a module's own class."""
 
     path: str
+    #: the number of the layer that it is in; very large outside of layers
+    layer: int
     plan: Plan
     _edits: dict[str, tuple[Edit, ...]]
     _plain: type[nn.Module]
@@ -36,6 +40,8 @@ class Host:
     def edits_of(self, names: tuple[str, ...]) -> list[Edit]:
         """The edits of these adapters on this module, in order."""
         edits = self._edits
+        if self.layer < self.plan.state.dropped:
+            return []
         return [e for name in names if name in edits for e in edits[name]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,6 +92,8 @@ def host(module: nn.Module, plan: Plan, path: str) -> Host:
         if "forward" in state:  # patched on the instance, as accelerate's hooks do: adopt it
             state["_inner_forward"] = state.pop("forward")
         state["_edits"], state["plan"], state["path"] = {}, plan, path
+        number = re.search(r"\.(\d+)(?:\.|$)", path)
+        state["layer"] = int(number[1]) if number else sys.maxsize
     return cast(Host, module)
 
 
@@ -93,7 +101,7 @@ def unhost(module: nn.Module) -> None:
     """Gives a host its own class back."""
     assert isinstance(module, Host)
     state = module.__dict__
-    for name in ("_edits", "plan", "path"):
+    for name in ("_edits", "plan", "path", "layer"):
         state.pop(name)
     if "_inner_forward" in state:
         state["forward"] = state.pop("_inner_forward")

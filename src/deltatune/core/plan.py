@@ -94,6 +94,8 @@ class State:
     names: tuple[str, ...] = ()
     rows: RowPlan | None = None
     tree: Composition | None = None
+    #: layers below this number run as the base's (AdapterDrop)
+    dropped: int = 0
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -118,6 +120,8 @@ class Plan:
         self.tree: Composition | None = None
         self.merged: tuple[str, ...] = ()
         self.enabled = True
+        #: AdapterDrop: adapters in layers below this number do not run
+        self.dropped = 0
         #: merge-aware: quantised weights run as a merge into their storage would leave them
         self.rounds = False
         self.state = State()
@@ -128,7 +132,7 @@ class Plan:
     def refresh(self) -> None:
         """Derives the state after `active`, `merged` or `enabled` changed."""
         live = tuple(n for n in self.active if n not in self.merged) if self.enabled else ()
-        self.state = State(live, None, self.tree if live else None)
+        self.state = State(live, None, self.tree if live else None, self.dropped)
 
     @contextlib.contextmanager
     def call(self, state: State) -> Iterator[None]:

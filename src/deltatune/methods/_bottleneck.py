@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,21 @@ from torch import Tensor, nn
 from deltatune.core.edits import Args, Edit, Kwargs, Slot, Witness
 from deltatune.errors import ConfigError, hint
 
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
     "swish": F.silu,
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "leakyrelu": F.leaky_relu,
-    "linear": lambda x: x,
+    "linear": _same,
 }
 
 

@@ -36,6 +36,7 @@ from deltatune.methods._bottleneck import (
     activation,
     initial,
 )
+from deltatune.methods._invertible import invertible
 from deltatune.methods.ln_tuning import NormValue
 
 #: what a sub-layer's adapter is attached to
@@ -59,6 +60,8 @@ class BottleneckConfig(TargetedConfig):
             the tokens; `"token"` for each token its own, which a causal model needs.
         dropout: on the adapter's output. stochastic_depth: chance, in training, that a row goes without.
         init_weights: `"bert"`, `"houlsby"` or `"mam_adapter"` (the last two start as the base, the first nearly).
+        inv_adapter: `"nice"` or `"glow"` puts MAD-X's invertible adapter behind the embeddings, its networks
+            `inv_adapter_reduction_factor` times smaller than half the width.
         leave_out: numbers of layers without an adapter. train_layer_norms: the model's norms train too.
 
     Raises:
@@ -80,6 +83,8 @@ class BottleneckConfig(TargetedConfig):
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     init_weights: str = "bert"
+    inv_adapter: str | None = None
+    inv_adapter_reduction_factor: float = 2.0
     leave_out: list[int] = field(default_factory=list)
     train_layer_norms: bool = False
     _places: dict[str, tuple[str, SubLayer, int]] = field(
@@ -100,6 +105,8 @@ class BottleneckConfig(TargetedConfig):
             raise ConfigError(f'scaling must be a number, "learned" or "channel", not {self.scaling!r}')
         if self.use_gating not in (False, True, "token"):
             raise ConfigError(f'use_gating must be True, False or "token", not {self.use_gating!r}')
+        if self.inv_adapter not in (None, "nice", "glow"):
+            raise ConfigError(f'inv_adapter must be "nice" or "glow", not {self.inv_adapter!r}')
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
@@ -202,6 +209,11 @@ class BottleneckConfig(TargetedConfig):
             return Beside(self, sub.size, m, reads_size(module, sub))
         made = {OUTPUT: AfterOutput, SUM: OnSum, BLOCK: AfterOutput}[kind]
         return made(self, sub.size, m)
+
+    def extras(self, model: nn.Module, made: Sequence[tuple[Site, list[Edit]]]) -> list[tuple[Site, list[Edit]]]:
+        if self.inv_adapter is None:
+            return []
+        return invertible(model, self.inv_adapter, self.inv_adapter_reduction_factor, self.non_linearity)
 
     @property
     def _readers(self) -> dict[str, Reader]:

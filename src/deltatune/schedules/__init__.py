@@ -21,6 +21,7 @@ for _found in iter_modules(__path__):
     import_module(f"{__name__}.{_found.name}")
 
 from deltatune.schedules.adalora import AdaLora  # noqa: E402
+from deltatune.schedules.adapter_drop import AdapterDrop  # noqa: E402
 from deltatune.schedules.full_then_lora import FullThenLora  # noqa: E402
 from deltatune.schedules.fusion import FusionPenalty  # noqa: E402
 from deltatune.schedules.lisa import Lisa  # noqa: E402
@@ -30,6 +31,7 @@ from deltatune.schedules.relora import ReLora  # noqa: E402
 __all__ = [
     "PROCEDURES",
     "AdaLora",
+    "AdapterDrop",
     "Attached",
     "FullThenLora",
     "FusionPenalty",
