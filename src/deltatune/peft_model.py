@@ -10,7 +10,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -428,7 +428,7 @@ class PeftModel(nn.Module):
         self.adapters.set_requires_grad(adapter_names, requires_grad)
 
     @contextlib.contextmanager
-    def drop_layers(self, count: int) -> Iterator[None]:
+    def drop_layers(self, count: int) -> Generator[None, None, None]:
         """Runs the body without the adapters of the lowest `count` layers (AdapterDrop), of every method."""
         before = self.adapters.plan.dropped
         self.adapters.drop_layers(count)
