@@ -23,11 +23,13 @@ from typing import Any
 import method_table
 import torch
 from common import load_smollm2, machine, read_json, saved_bytes, write_json
-from prompt_table import Task, entities, exact, measure, messages
+from prompt_table import Batch, Task, entities, exact, measure, messages
 from rich.progress import Progress
 
 import deltatune
 from deltatune import get_peft_model, prepare_init
+from deltatune.inits.data import needs_data
+from deltatune.methods.adamix import consistent_loss
 from deltatune.methods.diff_pruning import diff_groups, expected_l0, prune
 from deltatune.methods.far import reconfigure
 
@@ -82,7 +84,10 @@ class Stages:
             return diff_groups(self.model, lr=self.lr)
         return [{"params": [p for p in self.model.parameters() if p.requires_grad], "lr": self.lr}]
 
-    def loss(self, loss: torch.Tensor) -> torch.Tensor:
+    def loss(self, batch: Batch) -> torch.Tensor:
+        if type(self.config).__name__ == "AdaMixConfig":
+            return consistent_loss(self.model, batch)
+        loss: torch.Tensor = self.model(**batch).loss
         searching = getattr(self.config, "stage", "") == "search"
         return loss + 1.25e-7 * expected_l0(self.model) if searching else loss
 
@@ -100,7 +105,7 @@ def run(name: str, entry: Entry, task: Task, progress: Progress) -> dict[str, An
     torch.manual_seed(0)
     head = {} if entry.config == "FullConfig" else {"task_type": task.task_type}  # that one names the head itself
     config = getattr(deltatune, entry.config)(**entry.options, **head)
-    if entry.config == "FishMaskConfig":
+    if needs_data(config):
         rows = len(task.steps[0]["labels"])
         prepare_init(base, config, task.steps[: 32 // rows], progress=False)
     model = get_peft_model(base, config)
@@ -119,10 +124,10 @@ def run(name: str, entry: Entry, task: Task, progress: Progress) -> dict[str, An
         start = time.perf_counter()
         if k == count - 1:  # as the last stage is
             with saved_bytes(model) as counted:
-                loss = stages.loss(model(**batch).loss)
+                loss = stages.loss(batch)
                 kept = counted()
         else:
-            loss = stages.loss(model(**batch).loss)
+            loss = stages.loss(batch)
         loss.backward()
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
@@ -142,15 +147,15 @@ def run(name: str, entry: Entry, task: Task, progress: Progress) -> dict[str, An
     }  # fmt: skip
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as Markdown, task by task and in the order of `ENTRIES`."""
+def table(results: dict[str, Any], entries: dict[str, Entry]) -> str:
+    """The results as Markdown, task by task and in the order of the entries."""
     lines = [
         "| method | data | trained parameters | loss before | loss after | metric | before | after | s per step | "
         "MB saved for backward | lr |",
         "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for task in STEPS:
-        for name in ENTRIES:
+        for name in entries:
             r = results.get(f"{task}: {name}")
             if r is not None:
                 lines.append(
@@ -161,27 +166,27 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(entries: dict[str, Entry] = ENTRIES, text: str = __doc__, out: str = "selective_table.json") -> None:
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("names", nargs="*", help="methods to measure again")
     parser.add_argument("--task", choices=STEPS, action="append", help="only this one")
     parser.add_argument("--wnut17", type=Path, help="the folder of WNUT-2017; without it entities are left out")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "selective_table.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / out)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     makers: dict[str, Callable[[], Task]] = {"answers": answers, "messages": messages}
     if options.wnut17 is not None:
         makers["entities"] = lambda: entities(options.wnut17)
-    unknown = [n for n in options.names if n not in ENTRIES]
+    unknown = [n for n in options.names if n not in entries]
     if unknown:
-        raise SystemExit(f"no entry {unknown[0]!r}; there are: {', '.join(ENTRIES)}")
+        raise SystemExit(f"no entry {unknown[0]!r}; there are: {', '.join(entries)}")
     with Progress() as progress:
         for task_name, make in makers.items():
             if options.task and task_name not in options.task:
                 continue
             done = read_json(options.out).get("results", {})
-            wanted = [n for n in options.names or ENTRIES if task_name in ENTRIES[n].only]
+            wanted = [n for n in options.names or entries if task_name in entries[n].only]
             todo = [n for n in wanted if options.names or f"{task_name}: {n}" not in done]
             if not todo:
                 continue
@@ -189,10 +194,10 @@ def main() -> None:
             steps = [{k: v[:rows] for k, v in batch.items()} for batch in task.steps[:count]]
             task = replace(task, steps=steps, held_out=task.held_out[:held_out])
             for name in todo:
-                found = run(name, ENTRIES[name], task, progress)
+                found = run(name, entries[name], task, progress)
                 results = {**read_json(options.out).get("results", {}), f"{task_name}: {name}": found}
                 write_json(options.out, {"machine": machine(), "results": results})
-    print(table(read_json(options.out).get("results", {})))
+    print(table(read_json(options.out).get("results", {}), entries))
 
 
 if __name__ == "__main__":

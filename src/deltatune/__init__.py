@@ -95,6 +95,7 @@ _WHERE: dict[str, str] = {
     "PromptEncoderReparameterizationType": "deltatune.methods.p_tuning",
     "PromptTuningConfig": "deltatune.methods.prompt_tuning",
     "PromptTuningInit": "deltatune.methods.prompt_tuning",
+    "S4Config": "deltatune.methods.s4",
     "SaidConfig": "deltatune.methods.said",
     "ShiraConfig": "deltatune.methods.shira",
     "SparseAdapterConfig": "deltatune.methods.sparse_adapter",
@@ -202,6 +203,7 @@ if TYPE_CHECKING:
     from deltatune.methods.prompt_tuning import PromptTuningInit as PromptTuningInit
     from deltatune.methods.reft import DiReftConfig as DiReftConfig
     from deltatune.methods.reft import LoReftConfig as LoReftConfig
+    from deltatune.methods.s4 import S4Config as S4Config
     from deltatune.methods.said import SaidConfig as SaidConfig
     from deltatune.methods.shira import ShiraConfig as ShiraConfig
     from deltatune.methods.sparse_adapter import SparseAdapterConfig as SparseAdapterConfig

@@ -1,0 +1,26 @@
+"""Bottleneck adapters on real models and real data: the table in docs/bottleneck.md.
+
+The tasks, the steps and what is measured are those of selective_table.py, so that the two tables compare. SparseAdapter
+looks at 32 rows before it trains; AdaMix runs every batch twice (its consistency loss) and is measured with the mean of
+its experts.
+
+    python benchmarks/adapter_table.py --wnut17 ../shared/data/wnut17
+    python benchmarks/adapter_table.py --task messages "Pfeiffer"
+"""
+
+from __future__ import annotations
+
+from selective_table import MINILM, Entry, main
+
+ENTRIES: dict[str, Entry] = {
+    "Head alone": Entry("FullConfig", 2e-3, {"target_modules": ["classifier"]}, MINILM),
+    "Houlsby": Entry("HoulsbyConfig", 2e-3),
+    "Pfeiffer": Entry("PfeifferConfig", 2e-3),
+    "Parallel, scaled": Entry("ParallelConfig", 1e-3, {"reduction_factor": 16}),
+    "AdaMix": Entry("AdaMixConfig", 2e-3),
+    "SparseAdapter, snip 40 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.4}),
+    "SparseAdapter, large 10 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.1, "reduction_factor": 4}),
+}
+
+if __name__ == "__main__":
+    main(ENTRIES, __doc__, "adapter_table.json")
