@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from deltatune.config import register
 from deltatune.core.edits import Edit
 from deltatune.core.sites import Site
+from deltatune.core.sparse import SparseDelta
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
+from deltatune.inits import is_loading
 from deltatune.inits._watch import GradientWatch
 from deltatune.inits.data import COLLECTORS, Collector, as_base, rows_of_batch, summed
 from deltatune.methods._sparse import ChosenConfig, name_of, share_of
@@ -63,6 +65,9 @@ class FishMaskConfig(ChosenConfig):
         return cls(**{"kept": {r"(layer|out_proj)(\..*)?": 6}, **fields})
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
+        if not self.settled and is_loading():  # a dry run: as many entries, wherever they will be
+            n = share_of(ref.shape.numel(), self.keep_ratio, "keep_ratio")
+            return SparseDelta(ref, torch.arange(n, device=ref.device))
         if not self.settled:
             raise ConfigError(
                 "FISH Mask looks at data first: call prepare_init(model, config, batches) before get_peft_model"
