@@ -90,7 +90,8 @@ class WeightRef:
             return self.original
         if self._layer is not None:
             return self._layer.gather(self.owner)
-        p = self.owner._parameters[self.leaf]
+        p: Any = self.owner._parameters.get(self.leaf)
+        p = self.owner._buffers.get(self.leaf) if p is None else p  # quantised layers keep their bias so
         assert p is not None
         return p
 

@@ -199,6 +199,8 @@ class IA3Config(TargetedConfig):
             return InputGain(ref, self.init_ia3_weights)
         weight = OutputGain(ref, self.init_ia3_weights)
         name = ref.name.removesuffix("weight") + "bias"
-        if ref.owner._parameters.get(name.rpartition(".")[2]) is None:
+        if not isinstance(getattr(ref.owner, name.rpartition(".")[2], None), Tensor):
             return weight
-        return [weight, BiasGain(WeightRef(ref.module, name), weight)]
+        bias = WeightRef(ref.module, name)
+        bias.bypass = ref.bypass  # whatever layer it is, the weight's update holds the bias's too
+        return [weight, BiasGain(bias, weight)]
