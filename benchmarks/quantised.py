@@ -2,6 +2,7 @@
 
     python benchmarks/quantised.py losses       # trains three runs (one is killed and resumed), merges, evaluates
     python benchmarks/quantised.py errors       # quantisation error of the real weights
+    python benchmarks/quantised.py stream       # peak memory of a merge from disk to disk
     python benchmarks/quantised.py memory       # each term of the memory formula against a measurement
 
 A part that is in the JSON already is not done again; name it with --again.
@@ -227,9 +228,39 @@ def memory(kept: dict[str, Any], out: Path) -> None:
         print(f"{name:<32}{formula[name]:>14,}{value:>14,}  {value / formula[name] - 1:+.1%}")
 
 
+def stream(kept: dict[str, Any], out: Path, work: Path) -> None:
+    """Peak memory of a merge from disk to disk against the base's shards."""
+    from deltatune import LoraConfig, get_peft_model
+
+    work.mkdir(parents=True, exist_ok=True)
+    base, _ = load_smollm2("float32")
+    base.save_pretrained(work / "base", max_shard_size="150MB")
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(work / "adapter")
+    del base, model
+    program = """
+import re, sys, psutil
+from pathlib import Path
+import transformers, deltatune.train.streaming as s
+from deltatune.train.loading import Target
+from transformers import LlamaForCausalLM
+work = Path(sys.argv[1])
+before = psutil.Process().memory_info().rss
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here, not at the parent's
+s.merge_stream(Target("adapter", str(work / "base"), adapter=work / "adapter"), work / "merged")
+print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(work)], check=True, capture_output=True, text=True)
+    shards = [p.stat().st_size for p in (work / "base").glob("*.safetensors")]
+    kept["stream"] = {"peak": int(done.stdout.split()[-1]), "shards": shards, "largest": max(shards)}
+    write_json(out, kept)
+    print(kept["stream"], f"{kept['stream']['peak'] / max(shards):.2f} of the largest shard")
+    shutil.rmtree(work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["losses", "errors", "memory"])
+    parser.add_argument("part", choices=["losses", "errors", "memory", "stream"])
     parser.add_argument("--again", action="store_true", help="forget what is there of this part")
     parser.add_argument("--work", type=Path, default=Path("runs/quantised"), help="where runs are written")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quantised.json")
@@ -241,6 +272,8 @@ def main() -> None:
     kept["machine"] = machine()
     if options.part == "losses":
         losses(kept, options.out, options.work)
+    elif options.part == "stream":
+        stream(kept, options.out, options.work / "stream")
     else:
         {"errors": errors, "memory": memory}[options.part](kept, options.out)
 

@@ -201,8 +201,9 @@ def strip(owner: nn.Module, store: Any) -> None:
     for name in getattr(store, "leftovers", ()):
         owner.__dict__.pop(name, None)
         owner._buffers.pop(name, None)
-    bias = owner.__dict__.pop("bias", None)
+    bias = owner.__dict__.get("bias")
     if isinstance(bias, Tensor):  # a plain attribute, which no state dict would hold
+        del owner.__dict__["bias"]
         owner.register_parameter("bias", nn.Parameter(bias.detach(), requires_grad=False))
 
 

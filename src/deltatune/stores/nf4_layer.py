@@ -54,7 +54,8 @@ class Nf4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.block, self.dtype = q.block, q.dtype
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", own)
         for name in ("packed", *SCALES):
             self.register_buffer(name, getattr(q, name))
 
@@ -129,10 +130,10 @@ def to_file(q: Nf4) -> dict[str, Tensor]:
         "dtype": str(q.dtype).removeprefix("torch."),
         "shape": list(q.shape),
     }
-    found = {"": q.packed, ".absmax": q.absmax, ".quant_map": NF4.to(q.packed.device)}
+    found = {"": q.packed, ".absmax": q.absmax, ".quant_map": NF4.to(q.packed.device, copy=True)}
     if q.offset is not None and q.absmax2 is not None:
         about |= {"nested_blocksize": ABSMAX_BLOCK, "nested_dtype": "float32", "nested_offset": float(q.offset)}
-        found |= {".nested_absmax": q.absmax2, ".nested_quant_map": dynamic_map().to(q.packed.device)}
+        found |= {".nested_absmax": q.absmax2, ".nested_quant_map": dynamic_map().to(q.packed.device, copy=True)}
     text = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8).clone()
     return {**found, ".quant_state.bitsandbytes__nf4": text.to(q.packed.device)}
 
