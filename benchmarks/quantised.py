@@ -23,7 +23,7 @@ import torch
 from common import load_smollm2, machine, read_json, write_json
 
 HERE = Path(__file__).parent
-STEPS, ROWS, EVAL = 60, 2, 48
+STEPS, ROWS, EVAL = 30, 2, 32
 RECIPE = """
 name: {name}
 model: smollm2-135m-instruct
@@ -32,7 +32,7 @@ dtype: float32
 method: {{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: all-linear}}
 data: {{path: sms_spam, max_length: 96, limit: 400, eval_limit: {held_out}}}
 train: {{max_steps: {steps}, batch_size: {rows}, learning_rate: 1e-3, warmup_ratio: 0.05, save_strategy: steps,
-  save_steps: 20, logging_steps: 5, merge_aware: {aware}}}
+  save_steps: 10, logging_steps: 5, merge_aware: {aware}}}
 eval: {{before: false, generate: false, samples: 0}}
 report: {{plot: false, model_card: false}}
 output_dir: {folder}
@@ -67,7 +67,7 @@ def train(name: str, work: Path, *, kill: bool) -> dict[str, Any]:
     resumed = 0
     if kill and not folder.exists():
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "checkpoint-20").exists():
+        while process.poll() is None and not (folder / "checkpoint-10").exists():
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()

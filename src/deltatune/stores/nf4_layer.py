@@ -49,6 +49,7 @@ class Nf4Linear(nn.Module):
     absmax: Tensor
     absmax2: Tensor | None
     offset: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, q: Nf4, bias: Tensor | None = None) -> None:
         super().__init__()
