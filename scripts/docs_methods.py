@@ -15,6 +15,7 @@ from docs_text import code, link, named, prose, sections, table
 
 import deltatune
 from deltatune.config import PeftConfig, known_methods
+from deltatune.errors import DeltatuneError
 from deltatune.inits import INITS
 
 #: fields that every file has and nobody sets
@@ -199,7 +200,11 @@ def _usual(kind: Any) -> dict[str, Any]:
         options["num_virtual_tokens"] = 20
     elif not kind.is_adaption_prompt and "conv" in abilities(kind).layers:  # others find the tables they are for
         options["target_modules"] = ["q_proj", "v_proj"]
-    given, empty = kind.example(target_modules=["q_proj"]), {None, ""}
+    try:
+        given = kind.example(target_modules=["q_proj"])
+    except DeltatuneError:  # it finds its places by itself
+        given = kind.example()
+    empty = {None, ""}
     for name, field in fields.items():
         value = getattr(given, name)
         needed = field.default in (*empty, dataclasses.MISSING) and field.default_factory is dataclasses.MISSING
