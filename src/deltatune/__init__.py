@@ -100,6 +100,11 @@ _WHERE: dict[str, str] = {
     "ShiraConfig": "deltatune.methods.shira",
     "SparseAdapterConfig": "deltatune.methods.sparse_adapter",
     "TrainableTokensConfig": "deltatune.methods.trainable_tokens",
+    "MAMConfig": "deltatune.methods.union",
+    "UnionConfig": "deltatune.methods.union",
+    "UniPELTConfig": "deltatune.methods.unipelt",
+    "GatedLoraConfig": "deltatune.methods.unipelt",
+    "GatedPrefixConfig": "deltatune.methods.unipelt",
     "VeraConfig": "deltatune.methods.vera",
     "initialize_kv_prefix_from_past_key_values": "deltatune.methods.prefix_tuning",
     "initialize_kv_prefix_from_text": "deltatune.methods.prefix_tuning",
@@ -208,6 +213,11 @@ if TYPE_CHECKING:
     from deltatune.methods.shira import ShiraConfig as ShiraConfig
     from deltatune.methods.sparse_adapter import SparseAdapterConfig as SparseAdapterConfig
     from deltatune.methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+    from deltatune.methods.union import MAMConfig as MAMConfig
+    from deltatune.methods.union import UnionConfig as UnionConfig
+    from deltatune.methods.unipelt import GatedLoraConfig as GatedLoraConfig
+    from deltatune.methods.unipelt import GatedPrefixConfig as GatedPrefixConfig
+    from deltatune.methods.unipelt import UniPELTConfig as UniPELTConfig
     from deltatune.methods.vera import VeraConfig as VeraConfig
     from deltatune.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from deltatune.peft_model import PeftModel as PeftModel

@@ -84,7 +84,7 @@ class AdapterSet:
         modules = Modules(self.root)
         try:
             with self.merged.base_in_place(), torch.device("meta") if meta else contextlib.nullcontext():
-                bank, made = self._build(config, modules)
+                bank, made = self.build(config, modules)
             if not any(edits for _, edits in made):
                 raise ConfigError(f"{type(config).__name__} changes nothing in this model")
         except DeltatuneError:
@@ -113,7 +113,7 @@ class AdapterSet:
         if hasattr(AdapterTensors(), name):
             raise AdapterNameError(f"{name!r} cannot name an adapter: torch modules have an attribute of that name")
 
-    def _build(
+    def build(
         self, config: TargetedConfig, modules: dict[str, nn.Module]
     ) -> tuple[Bank | None, list[tuple[Site, list[Edit]]]]:
         """(what the sites share, the edits of every site); nothing is attached yet."""

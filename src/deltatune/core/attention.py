@@ -151,23 +151,32 @@ def _front(pairs: Sequence[Any], k: Tensor) -> tuple[Tensor, Tensor, Tensor | No
     Shorter fronts stand at the right end, next to the tokens.
     """
     joined = [
-        (rows, torch.cat([a for a, _ in own], 1).to(k.dtype), torch.cat([b for _, b in own], 1).to(k.dtype))
+        (rows, _joined([a for a, _ in own], rows).to(k.dtype), _joined([b for _, b in own], rows).to(k.dtype))
         for rows, _, own in pairs
     ]
     batch = k.shape[0]
     if len(joined) == 1 and joined[0][0] is None:
         _, keys, values = joined[0]
         return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), None
-    p = max(a.shape[1] for _, a, _ in joined)
+    p = max(a.shape[-2] for _, a, _ in joined)
     keys, values = (k.new_zeros(batch, k.shape[1], p, side.shape[-1]) for side in joined[0][1:])
     visible = torch.zeros(batch, p, dtype=torch.bool, device=k.device)
     for rows, a, b in joined:
         index = torch.tensor(rows, device=k.device)
-        gap = p - a.shape[1]
+        gap = p - a.shape[-2]
         keys = keys.index_copy(0, index, F.pad(a, (0, 0, gap, 0)).expand(len(rows), -1, -1, -1))
         values = values.index_copy(0, index, F.pad(b, (0, 0, gap, 0)).expand(len(rows), -1, -1, -1))
         visible[index, gap:] = True
     return keys, values, visible
+
+
+def _joined(sides: Sequence[Tensor], rows: tuple[int, ...] | None) -> Tensor:
+    """Keys or values of several edits in one: `(heads, P, d)`, or `(B, heads, P, d)` where a row has its own."""
+    if all(side.ndim == 3 for side in sides):
+        return torch.cat(list(sides), 1)
+    batch = next(side.shape[0] for side in sides if side.ndim == 4)
+    whole = torch.cat([side.expand(batch, *side.shape[-3:]) for side in sides], -2)
+    return whole if rows is None else whole[list(rows)]
 
 
 def widen_mask(mask: Any, visible: Tensor | None, p: int, q: Tensor, k: Tensor) -> Any:
