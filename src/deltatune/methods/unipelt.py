@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltatune.config import TargetedConfig, TaskType, register
 from deltatune.core.edits import Edit
 from deltatune.core.prompts import Stack
-from deltatune.core.sites import Site, targets, weight_sites
+from deltatune.core.sites import Site, is_linear, targets, weight_sites
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
 from deltatune.methods._bottleneck import Dense, Reader, initial
@@ -86,7 +86,7 @@ class GatedLoraConfig(TargetedConfig):
         return weight_sites(model, targets(model, self))
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
-        if not ref.bypass or len(ref.shape) != 2 or ref.op.looks_up:
+        if not ref.bypass or not is_linear(ref.module) or ref.op.looks_up:
             raise ConfigError(f"{site.name!r} is no plain linear layer, and a gate needs one")
         return GatedLora(ref, self.r, self.lora_alpha / self.r, self.gate == "token")
 
