@@ -115,6 +115,23 @@ def test_a_causal_model_does_not_see_its_future():
         assert same != leaks
 
 
+@pytest.mark.parametrize("task", MAKES)
+def test_rows_of_a_batch(task):
+    make = MAKES[task]
+    model = get_peft_model(make(), UniPELTConfig(**SMALL, reduction_factor=4, r=4, task_type=task))
+    model.add_adapter(
+        "other", UniPELTConfig(**{**SMALL, "num_virtual_tokens": 2}, reduction_factor=4, r=4, task_type=task)
+    )
+    shake(model)
+    rows = dict.fromkeys(("default", "other"))
+    for name in rows:
+        model.set_adapter(name)
+        rows[name] = model(input_ids=ids()).logits
+    mixed = model(input_ids=ids(), adapter_names=["other", "default", "other"]).logits
+    wanted = torch.stack([rows["other"][0], rows["default"][1], rows["other"][2]])
+    assert torch.allclose(mixed, wanted, atol=1e-5)
+
+
 def test_what_cannot_be_united():
     with pytest.raises(ConfigError, match="needs configs"):
         UnionConfig()

@@ -239,7 +239,7 @@ def add_after(module: nn.Module, groups: Groups, q: Tensor, out: Tensor, scaling
         index = None if rows is None else torch.tensor(rows, device=q.device)
         for edit in edits:
             with module.plan.call(state):
-                change = edit.after(q if index is None else q[index], scale)
+                change = edit.after_rows(q, index, scale)
             if change is not None:
                 change = change.to(out.dtype)
                 out = out + change if index is None else out.index_add(0, index, change)

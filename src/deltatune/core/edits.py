@@ -442,6 +442,10 @@ class KVEdit(Edit):
         """What to add to the attention's output `(B, T, heads, d)`; None adds nothing."""
         return None
 
+    def after_rows(self, q: Tensor, index: Tensor | None, scaling: float) -> Tensor | None:
+        """`after` on the batch rows `index`, all if None."""
+        return self.after(q if index is None else q[index], scaling)
+
 
 class PromptEdit(Edit):
     """Embeddings put before the input of one stack of the model (the module that embeds tokens).

@@ -117,15 +117,18 @@ class GatedPairs(PrefixPairs):
         gate = self._gate().unsqueeze(-1)  # (B, 1, 1, 1)
         return found[0] * gate, found[1] * gate
 
-    def after(self, q: Tensor, scaling: float) -> Tensor | None:
+    def after_rows(self, q: Tensor, index: Tensor | None, scaling: float) -> Tensor | None:
         if not self.causal:
             return None
         found = super().pairs()
         assert found is not None
+        gate = self._gate()
+        if index is not None:
+            q, gate = q[index], gate[index]
         times = q.shape[1] // self.heads  # query heads that share a key's head
         keys, values = (t.repeat_interleave(times, 0).to(q.dtype) for t in found)  # (heads, P, d)
         out = (q @ keys.mT * scaling).softmax(-1) @ values  # (B, heads, T, d)
-        return out.transpose(1, 2) * self._gate().unsqueeze(-1).to(q.dtype)
+        return out.transpose(1, 2) * gate.unsqueeze(-1).to(q.dtype)
 
 
 @register
