@@ -7,7 +7,7 @@ CODE := $(wildcard src tests examples benchmarks scripts)
 # One thread for each test process; no hub; threads that wait without spinning (see src/deltatune/cli/__init__.py).
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
-.PHONY: help quickstart test check lint types pytest format docs install dev clean
+.PHONY: help quickstart test check lint types pytest format docs bench install dev clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ pytest: $(VENV)/.dev ## the tests, in two processes
 format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+bench: $(VENV)/.dev ## the table against peft, about 5 minutes on two quiet cores
+	$(BIN)/python benchmarks/run.py
 
 docs: $(VENV)/.docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -8,6 +8,7 @@ c trains, the output, which activations keep anyway. Casts are made again, dropo
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, cast
 
 import torch
@@ -86,7 +87,8 @@ class _LowRankLinear(torch.autograd.Function):
         numbers: tuple[float, float, int, bool],
     ) -> Tensor:
         scale, p, seed, lean = numbers
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
             dropped, s = x, scale
             if p:
                 copy = x.clone(memory_format=torch.contiguous_format)
