@@ -32,7 +32,7 @@ class Host:
 
     path: str
     #: the number of the layer that it is in; very large outside of layers
-    layer: int
+    _layer: int
     plan: Plan
     _edits: dict[str, tuple[Edit, ...]]
     _plain: type[nn.Module]
@@ -40,7 +40,7 @@ class Host:
     def edits_of(self, names: tuple[str, ...]) -> list[Edit]:
         """The edits of these adapters on this module, in order."""
         edits = self._edits
-        if self.layer < self.plan.state.dropped:
+        if self._layer < self.plan.state.dropped:
             return []
         return [e for name in names if name in edits for e in edits[name]]
 
@@ -93,7 +93,7 @@ def host(module: nn.Module, plan: Plan, path: str) -> Host:
             state["_inner_forward"] = state.pop("forward")
         state["_edits"], state["plan"], state["path"] = {}, plan, path
         number = re.search(r"\.(\d+)(?:\.|$)", path)
-        state["layer"] = int(number[1]) if number else sys.maxsize
+        state["_layer"] = int(number[1]) if number else sys.maxsize
     return cast(Host, module)
 
 
@@ -101,7 +101,7 @@ def unhost(module: nn.Module) -> None:
     """Gives a host its own class back."""
     assert isinstance(module, Host)
     state = module.__dict__
-    for name in ("_edits", "plan", "path", "layer"):
+    for name in ("_edits", "plan", "path", "_layer"):
         state.pop(name)
     if "_inner_forward" in state:
         state["forward"] = state.pop("_inner_forward")

@@ -10,17 +10,13 @@ order in which the block's code names its parts.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 from torch import nn
 
 from deltatune.core import structure
+from deltatune.core.calls import SUM, calls
 from deltatune.core.roles import role_of
 from deltatune.core.sites import base_modules, is_linear, is_multihead, is_norm
 from deltatune.core.structure import Block, find_blocks, is_attention
@@ -69,10 +65,10 @@ def _of_block(model: nn.Module, block: Block) -> list[SubLayer]:
         out = _attention_output(modules, path)
         if out is None:
             raise _missing(model, block, "output projection of attention")
-        norm = _norm_after(modules, block, path, out)
+        norm = _norm_after(modules, block, out)
         found.append(SubLayer(kind, block, _with_dropout(modules, out), path, norm, size))
     out, reads = _feedforward(model, modules, block)
-    norm = _norm_after(modules, block, out, out)
+    norm = _norm_after(modules, block, out)
     return [*found, SubLayer(FEEDFORWARD, block, _with_dropout(modules, out), reads, norm, size)]
 
 
@@ -97,9 +93,11 @@ def _is_cross(path: str) -> bool:
 
 def _attention_output(modules: dict[str, nn.Module], path: str) -> str | None:
     """The last linear layer of an attention that is no query, key or value."""
+    if is_multihead(modules[path]):  # it reads its output layer's weight and never calls the layer
+        return path
     inside = [p for p, m in modules.items() if f"{p}.".startswith(f"{path}.") and (is_linear(m) or is_multihead(m))]
     ends = [p for p in inside if role_of(p.rpartition(".")[2]) is None and not p.rpartition(".")[2].startswith("pos")]
-    return ends[-1] if ends else (path if is_multihead(modules[path]) else None)
+    return ends[-1] if ends else None
 
 
 def _feedforward(model: nn.Module, modules: dict[str, nn.Module], block: Block) -> tuple[str, str]:
@@ -134,56 +132,17 @@ def _with_dropout(modules: dict[str, nn.Module], path: str) -> str:
     return path
 
 
-def _norm_after(modules: dict[str, nn.Module], block: Block, part: str, out: str) -> str | None:
-    """The norm called on the sum of a part's output and what came in; None where the norm comes first."""
-    beside = out.rpartition(".")[0]
-    if beside != block.path:
-        own = [p for p in _norms_in(modules, beside) if p.rpartition(".")[0] == beside]
-        if own and _order(modules[beside], [own[0], out])[0] == out:
-            return own[0]
-    norms = [p for p, m in modules.items() if p.rpartition(".")[0] == block.path and is_norm(m)]
-    parts = [_child(block, p) for p in (part, *_attentions(modules, block))]
-    order = _order(modules[block.path], [*dict.fromkeys(parts), *norms])
-    if not norms or order[0] in norms:  # the block begins with a norm
+def _norm_after(modules: dict[str, nn.Module], block: Block, out: str) -> str | None:
+    """The norm called on the sum of a part's output and what came in; None where norms stand before the parts.
+
+    A block of the former kind ends with a norm; one whose norms are before its parts, or on their outputs alone
+    (OLMo 2), ends with a sum.
+    """
+    norms = {p for p, m in modules.items() if is_norm(m)}
+    order = calls(modules[block.path], block.path, {*norms, out})
+    if out not in order or next((e for e in reversed(order) if e in norms or e == SUM), SUM) == SUM:
         return None
-    after = order[order.index(parts[0]) + 1 :]
-    return next((p for p in after if p in norms), None)
-
-
-def _child(block: Block, path: str) -> str:
-    """The block's own child that a path leads through."""
-    return f"{block.path}.{path.removeprefix(f'{block.path}.').partition('.')[0]}"
-
-
-def _order(module: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Children in the order in which a module's code calls them."""
-    kind: Any = getattr(module, "_plain", type(module))
-    calls = _calls(kind, "forward")
-    index = {p: calls.index(leaf) if (leaf := p.rpartition(".")[2]) in calls else len(calls) for p in paths}
-    return sorted(paths, key=lambda p: index[p])
-
-
-@lru_cache
-def _calls(kind: type, method: str) -> tuple[str, ...]:
-    """The names `n` of every `self.n(...)` in a method, in the order of the calls, with those of its helpers."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(kind, method)))))
-    except (OSError, TypeError, SyntaxError):  # no source to read
-        return ()
-    found: list[str] = []
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):  # arguments are called before what they are given to
-            visit(child)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            helper = inspect.isfunction(getattr(kind, node.attr, None)) and node.attr != method
-            if helper and not hasattr(nn.Module, node.attr):
-                found.extend(_calls(kind, node.attr))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            found.append(node.func.attr)
-
-    visit(tree)
-    return tuple(found)
+    return next((e for e in order[order.index(out) + 1 :] if e in norms), None)
 
 
 def named_outputs(model: nn.Module, paths: Sequence[str]) -> list[SubLayer]:

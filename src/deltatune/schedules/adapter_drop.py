@@ -21,7 +21,7 @@ class _Drop(Schedule):
         super().__init__(run)
         assert run.adapters is not None
         self.adapters, self.layers = run.adapters, layers
-        numbers = {getattr(edit.host, "layer", 0) for edit in run.edits() if hasattr(edit, "host")}
+        numbers = {getattr(edit.host, "_layer", 0) for edit in run.edits() if hasattr(edit, "host")}
         self.count = 1 + max((n for n in numbers if n < 10**6), default=0)
         if layers is not None and layers > self.count:
             raise ConfigError(f"adapter_drop leaves out {layers} layers, and the adapter is in {self.count}")

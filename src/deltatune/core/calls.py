@@ -1,0 +1,148 @@
+"""The order in which a module calls its parts, read from its own source.
+
+Conditions on the module's own flags (OPT's `do_layer_norm_before`, torch's `norm_first`) are looked up, and only the
+branch that this module takes is walked; where a condition depends on the call, both are.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+#: stands for a sum of tensors
+SUM = "+"
+
+
+def calls(module: nn.Module, path: str, stops: set[str]) -> list[str]:
+    """Paths of `stops` in the order in which `module` calls them, and `SUM` for sums of tensors."""
+    walk = _Calls(module, path, stops)
+    walk.function(getattr(module, "_plain", type(module)).forward)
+    return walk.found
+
+
+@functools.cache
+def _source(function: Any) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+class _Calls(ast.NodeVisitor):
+    """Walks the source of a module's forward in the order of evaluation."""
+
+    def __init__(self, module: nn.Module, path: str, stops: set[str], depth: int = 0) -> None:
+        self.module, self.path, self.stops, self.depth = module, path, stops, depth
+        self.found: list[str] = []
+
+    def function(self, function: Any) -> None:
+        tree = _source(function)
+        if tree is not None and self.depth < 12:
+            self.depth += 1
+            self.generic_visit(tree)
+            self.depth -= 1
+
+    def enter(self, path: str, module: nn.Module) -> None:
+        full = f"{self.path}.{path}"
+        if full in self.stops:
+            self.found.append(full)
+            return
+        below = _Calls(module, full, self.stops, self.depth + 1)
+        below.function(getattr(module, "_plain", type(module)).forward)
+        self.found += below.found
+
+    def resolve(self, node: ast.AST) -> tuple[str, Any]:
+        """(path, value) of `self.a.b[0]`; ("", None) for anything else."""
+        if isinstance(node, ast.Name) and node.id == "self":
+            return "", self.module
+        if isinstance(node, ast.Attribute):
+            path, owner = self.resolve(node.value)
+            value = getattr(owner, node.attr, None) if owner is not None else None
+            return (f"{path}.{node.attr}".lstrip("."), value) if value is not None else ("", None)
+        if isinstance(node, ast.Subscript):
+            path, owner = self.resolve(node.value)
+            if isinstance(owner, (nn.ModuleList, nn.Sequential)):
+                try:
+                    i = int(ast.literal_eval(node.slice)) % len(owner)
+                except (ValueError, TypeError, SyntaxError):
+                    return "", None
+                return f"{path}.{i}", owner[i]
+        return "", None
+
+    def visit_Call(self, node: ast.Call) -> None:
+        for part in (*node.args, *node.keywords):
+            self.visit(part)
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if "add" in name.lower().split("_"):
+            self.found.append(SUM)
+        path, value = self.resolve(node.func)
+        if isinstance(value, nn.Module):
+            self.enter(path, value)
+        elif inspect.ismethod(value):
+            self._method(value)
+        else:
+            self.visit(node.func)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        _, value = self.resolve(node)  # a method that is handed on, to be called in parts
+        if inspect.ismethod(value):
+            self._method(value)
+        else:
+            self.generic_visit(node)
+
+    def _method(self, method: Any) -> None:
+        if method.__self__ is self.module and not hasattr(nn.Module, method.__name__):
+            self.function(method.__func__)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Add) and not any(_is_plain(side) for side in (node.left, node.right)):
+            self.found.append(SUM)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Add) and not _is_plain(node.value):
+            self.found.append(SUM)
+
+    def visit_If(self, node: ast.If) -> None:
+        self._branches(node.test, node.body, node.orelse)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self._branches(node.test, [node.body], [node.orelse])
+
+    def _branches(self, test: ast.expr, yes: Sequence[ast.AST], no: Sequence[ast.AST]) -> None:
+        known = self._flag(test)
+        if known is None:
+            self.visit(test)
+        for body, when in ((yes, True), (no, False)):
+            if known in (None, when):
+                for part in body:
+                    self.visit(part)
+
+    def _flag(self, test: ast.expr) -> bool | None:
+        """The value of a condition that is made of the module's own attributes; None if it is not."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            value = self._flag(test.operand)
+            return None if value is None else not value
+        if isinstance(test, ast.BoolOp):
+            values = [self._flag(v) for v in test.values]
+            decisive = isinstance(test.op, ast.Or)
+            return decisive if decisive in values else None if None in values else not decisive
+        if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+            _, left = self.resolve(test.left)
+            right = test.comparators[0]
+            return left == right.value if left is not None and isinstance(right, ast.Constant) else None
+        _, value = self.resolve(test)
+        return value if isinstance(value, bool) else None
+
+
+def _is_plain(node: ast.AST) -> bool:
+    """Whether a summand is no tensor: a number, a tuple, the tuple of outputs that older code keeps."""
+    named = isinstance(node, ast.Name) and "outputs" in node.id
+    return named or isinstance(node, (ast.Constant, ast.Tuple))
