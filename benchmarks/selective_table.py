@@ -1,4 +1,4 @@
-"""IA³, selective tuning, ReFT and ladders on real models and real data: the table in docs/selective.md.
+"""IA³, selective tuning, ReFT and ladders on real models and real data: the table that it prints.
 
 SmolLM2-135M (bfloat16) answers whether a message of the SMS Spam Collection is spam; MiniLM classifies the messages
 with a new head, and tags the named entities of WNUT-2017 (`--wnut17`, as for prompt_table.py). Every method starts from
