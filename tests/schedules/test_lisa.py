@@ -124,6 +124,8 @@ def test_in_place_there_is_no_plain_base():
     assert {n.split(".")[-2] for n, p in part.named_parameters() if p.requires_grad} == {
         "gate_proj", "up_proj", "down_proj", "lm_head",
     }  # fmt: skip
+    layer = get_peft_model(plain(), FullConfig(in_place=True, layers_to_transform=[1]))
+    assert all("layers.1." in n for n, p in layer.named_parameters() if p.requires_grad)
     with pytest.raises(ConfigError, match="modules_to_save does not go with it"):
         FullConfig(in_place=True, modules_to_save=["lm_head"])
 

@@ -65,7 +65,7 @@ class FullConfig(TargetedConfig):
         holders = [p for p, m in base_modules(model) if any(v is not None for v in m._parameters.values())]
         if self.target_modules is None:
             drop = excluded(self, holders)
-            kept = [p for p in holders if p not in drop]
+            kept = in_layers(self, {"": [p for p in holders if p not in drop]})[""]
             others = {p.rpartition(".")[2] for p, _ in base_modules(model) if p not in kept}
             leaf = {p: p.rpartition(".")[2] for p in kept}
             return [Site(p, None, pattern=p if leaf[p] in others or leaf[p].isdigit() else leaf[p]) for p in kept]
