@@ -112,6 +112,8 @@ def test_the_heat_map_has_layers_across_and_modules_down(tmp_path):
     modules, layers, rows = table(ranks)
     assert (modules, layers) == (["self_attn.q_proj", "self_attn.v_proj"], ["0", "1", "2"])
     assert rows == [[0, 1, 2], [0, None, 2]]
+    many = {f"h.{i}.q": i for i in (10, 2, 1)}
+    assert table(many)[1:] == (["1", "2", "10"], [[1, 2, 10]])
     path = draw_ranks(ranks, 4, tmp_path / "ranks.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 

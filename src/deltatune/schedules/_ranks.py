@@ -16,9 +16,10 @@ def table(ranks: Mapping[str, int]) -> tuple[list[str], list[str], list[list[int
         layer, module = (f"{_last(found[1])}{found[2]}", found[3]) if found else ("", path)
         layers[layer] = None
         cells.setdefault(module, {})[layer] = rank
+    order = sorted(layers, key=lambda x: (re.sub(r"\d+$", "", x), int(re.search(r"\d*$", x)[0] or 0)))  # type: ignore[index]
     stacks = {re.sub(r"\d+$", "", layer) for layer in layers if layer}
     names = {layer: re.sub(r"^\D*", "", layer) if len(stacks) < 2 else layer for layer in layers}
-    return list(cells), [names[x] for x in layers], [[row.get(x) for x in layers] for row in cells.values()]
+    return list(cells), [names[x] for x in order], [[row.get(x) for x in order] for row in cells.values()]
 
 
 def _last(path: str) -> str:
