@@ -1,4 +1,4 @@
-"""Bottleneck adapters on real models and real data: the table in docs/bottleneck.md.
+"""Bottleneck adapters on real models and real data, as a table.
 
 The tasks, the steps and what is measured are those of selective_table.py, so that the two tables compare. SparseAdapter
 looks at 32 rows before it trains; AdaMix runs every batch twice (its consistency loss) and is measured with the mean of
@@ -17,9 +17,12 @@ ENTRIES: dict[str, Entry] = {
     "Houlsby": Entry("HoulsbyConfig", 2e-3),
     "Pfeiffer": Entry("PfeifferConfig", 2e-3),
     "Parallel, scaled": Entry("ParallelConfig", 1e-3, {"reduction_factor": 16}),
+    "Compacter": Entry("CompacterConfig", 3e-3),
+    "Compacter++": Entry("CompacterPlusPlusConfig", 3e-3),
     "AdaMix": Entry("AdaMixConfig", 2e-3),
     "SparseAdapter, snip 40 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.4}),
     "SparseAdapter, large 10 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.1, "reduction_factor": 4}),
+    "S4": Entry("S4Config", 2e-3),
 }
 
 if __name__ == "__main__":
