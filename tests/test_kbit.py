@@ -84,3 +84,29 @@ def test_what_quantize_model_refuses():
         quantize_model(llama(), block=7)
     with pytest.raises(ConfigError, match="has no linear layer"):
         quantize_model(torch.nn.Sequential(torch.nn.Tanh()))
+
+
+@pytest.mark.parametrize("name", ["7B"])  # 65B has passed too, and takes ten seconds
+def test_the_formula_counts_what_a_real_llama_has(name):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from deltatune.train.qlora_memory import LLAMAS, terms
+
+    shape = LLAMAS[name]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=shape.hidden,
+                intermediate_size=shape.feed_forward,
+                num_hidden_layers=shape.blocks,
+                num_attention_heads=shape.hidden // 128,
+                vocab_size=shape.vocabulary,
+            )
+        )
+        adapted = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
+    found = terms(shape, r=64)
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+    assert found["codes"] == sum(m.weight.numel() for m in linear) // 2
+    assert found["adapter"] == 2 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    rest = sum(p.numel() for p in model.parameters() if not p.requires_grad) - sum(m.weight.numel() for m in linear)
+    assert found["rest"] == 2 * rest

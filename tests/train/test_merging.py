@@ -132,3 +132,56 @@ def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
     assert merging.weight_bytes(base) >= 4 * sum(p.numel() for p in base.parameters())
     untied = AutoModelForCausalLM.from_pretrained(write_base(tmp_path / "untied"))
     assert merging.weight_bytes(untied) - merging.weight_bytes(base) == 4 * 360 * 32
+
+
+def test_a_quantised_base_is_merged_as_training_saw_it(run: Path, tmp_path: Path) -> None:
+    target = find_target(str(run))
+    live = load(target, dtype="float32", quantization="native").model
+    merge(target, tmp_path / "merged", quantization="native")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, live(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+    assert not hasattr(merged.config, "quantization_config")
+
+
+def test_merging_into_few_bits_reports_what_it_costs(run: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}  # bitsandbytes wants whole blocks
+    run = write_run(tmp_path / "run", write_base(tmp_path / "base", **sizes))
+    done = merge(find_target(str(run)), tmp_path / "merged", quantization="native", into="same")
+    assert done.dtype == "native"
+    assert done.difference is not None
+    assert 1e-4 < done.difference.mean < done.difference.max
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config
+    assert config.quantization_config.load_in_4bit
+    with pytest.raises(ValueError, match="no few-bit storage to merge into: name one with --quantization"):
+        merge(find_target(str(run)), tmp_path / "again", into="same")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_quantised_run_trains_merge_aware_and_merges_to_what_it_trained(tmp_path: Path) -> None:
+    from tiny_run import make_recipe, save_model
+
+    from deltatune.stores.nf4_layer import Nf4Linear
+    from deltatune.train.run import train
+
+    recipe = make_recipe(
+        tmp_path,
+        save_model(tmp_path / "base", hidden_size=64, intermediate_size=128, num_key_value_heads=4),
+        quantization="native",
+        method={"lora_dropout": 0.0},
+        train={"merge_aware": True, "max_steps": 4, "epochs": 2},
+        eval={"generate": False, "samples": 0},
+    )
+    result = train(recipe)
+    assert result.after["loss"] < result.before["loss"]
+    target = find_target(result.output_dir)
+    live = load(target, dtype="float32", quantization="native").model
+    assert isinstance(live.get_base_model().model.layers[0].self_attn.q_proj, Nf4Linear)
+    live.set_merge_aware()
+    with torch.no_grad():
+        wanted = live(input_ids=IDS).logits
+        live.set_merge_aware(False)
+        assert not torch.allclose(live(input_ids=IDS).logits, wanted, atol=1e-3)
+        live.merge_adapter(into="same")
+        torch.testing.assert_close(live(input_ids=IDS).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert merge(target, tmp_path / "merged", into="same").dtype == "native"

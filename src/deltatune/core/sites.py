@@ -497,7 +497,8 @@ def tied_sites(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, str]]
         if site.parameter is None:
             continue
         full = f"{site.path}.{site.parameter}"
-        param = model.get_submodule(site.path).get_parameter(site.parameter)
+        parent, _, leaf = site.parameter.rpartition(".")
+        param = model.get_submodule(site.path).get_submodule(parent)._parameters.get(leaf)
         tied += [(full, other) for other in users.get(id(param), []) if other != full]
     return tied
 

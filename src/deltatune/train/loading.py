@@ -303,6 +303,13 @@ def variant(model: Any, which: Variant) -> Iterator[None]:
 
 def hush() -> None:
     """Keep transformers' own bars and remarks off the terminal; errors still show."""
+    import logging
+
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # transformers imports torchao, which says what it has no kernel for
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
