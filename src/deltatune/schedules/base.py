@@ -172,7 +172,7 @@ class Procedure:
 
     @classmethod
     def example_method(cls) -> dict[str, Any]:
-        """An adapter that it goes with, as a recipe's `method`."""
+        """An adapter that it goes with, as a recipe's `method`; empty where one needs more than its configuration."""
         return {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 

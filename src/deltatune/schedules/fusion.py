@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,3 +36,7 @@ class FusionPenalty(Procedure):
         if not isinstance(config, FusionConfig):
             raise ConfigError("procedure 'fusion' is for an AdapterFusion; use method FUSION (FusionConfig)")
         return _Penalty(run, config)
+
+    @classmethod
+    def example_method(cls) -> dict[str, Any]:
+        return {}  # a fusion needs the adapters that it combines
