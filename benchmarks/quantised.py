@@ -30,7 +30,7 @@ model: smollm2-135m-instruct
 dtype: float32
 {quantization}
 method: {{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: all-linear}}
-data: {{path: sms_spam, max_length: 96, limit: 400, eval_limit: {held_out}}}
+data: {{path: sms_spam, max_length: 512, limit: 400, eval_limit: {held_out}}}
 train: {{max_steps: {steps}, batch_size: {rows}, learning_rate: 1e-3, warmup_ratio: 0.05, save_strategy: steps,
   save_steps: 10, logging_steps: 5, merge_aware: {aware}}}
 eval: {{before: false, generate: false, samples: 0}}
