@@ -55,9 +55,9 @@ ENTRIES: dict[str, Entry] = {
     "Head alone (frozen)": Entry("messages", "FullConfig", 2e-3, {"target_modules": ["classifier"]}),
     "P-tuning": Entry("messages", "PromptEncoderConfig", 2e-3, {"num_virtual_tokens": 20, "encoder_hidden_size": 128}),
     "P-tuning v2": Entry("messages", "PTuningV2Config", 1e-2, {"num_virtual_tokens": 20}),
-    "Head alone (frozen), entities": Entry("entities", "FullConfig", 2e-3, {"target_modules": ["classifier"]}),
+    "Head alone (frozen), entities": Entry("entities", "FullConfig", 1e-2, {"target_modules": ["classifier"]}),
     "P-tuning, entities": Entry(
-        "entities", "PromptEncoderConfig", 2e-3, {"num_virtual_tokens": 20, "encoder_hidden_size": 128}
+        "entities", "PromptEncoderConfig", 1e-2, {"num_virtual_tokens": 20, "encoder_hidden_size": 128}
     ),
     "P-tuning v2, entities": Entry("entities", "PTuningV2Config", 1e-2, {"num_virtual_tokens": 20}),
 }

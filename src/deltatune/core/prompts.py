@@ -6,7 +6,8 @@ states of the caller's own width. So heads, labels, losses and poolings never se
 
 A row reads `[left padding] [prompt] [tokens] [right padding]`: what a tokenizer would have given, had the prompt been
 text. That makes a left-padded batch equal to its rows alone, and gives prompts of different length a place in one
-batch. In generation the prompt goes into the cache at the first step; later steps widen only mask and positions.
+batch: the gap of a shorter one stands before it in a causal stack, whose cache goes on at the row's end, and at the
+row's end elsewhere, where poolings and tables of positions count from the row's start. In generation the prompt goes into the cache at the first step; later steps widen only mask and positions.
 """
 
 from __future__ import annotations
@@ -46,18 +47,23 @@ def groups_of(host: Any, state: State) -> Groups:
 # ---------------------------------------------------------------------- layout
 @dataclass(frozen=True)
 class Layout:
-    """How many embeddings (or positions without any) each row has in front."""
+    """How many embeddings (or positions without any) each row has in front.
+
+    Attributes:
+        tail: the gaps of shorter rows stand at the rows' ends, and not before their prompts.
+    """
 
     lengths: tuple[int, ...]
+    tail: bool = False
 
     @classmethod
-    def of(cls, groups: Groups, batch: int, attribute: str) -> Layout:
+    def of(cls, groups: Groups, batch: int, attribute: str, tail: bool = False) -> Layout:
         lengths = [0] * batch
         for rows, edits in groups:
             total = sum(getattr(e, attribute) for e in edits)
             for i in range(batch) if rows is None else rows:
                 lengths[i] = total
-        return cls(tuple(lengths))
+        return cls(tuple(lengths), tail)
 
     @property
     def longest(self) -> int:
@@ -81,7 +87,11 @@ class Layout:
         p = self.longest
         j = torch.arange(p + tokens, device=left.device)[None]
         left = left[:, None]
-        return torch.where(j < left, p + j, torch.where(j < left + p, j - left, j))
+        if self.even or not self.tail:
+            return torch.where(j < left, p + j, torch.where(j < left + p, j - left, j))
+        own = self.column(left)
+        rest = torch.where(j < own + tokens, p - own + j, j - own - tokens)
+        return torch.where(j < left, p + j, torch.where(j < left + own, p - own + j - left, rest))
 
     def block_mask(self, batch: int, like: Tensor) -> Tensor:
         """`(B, longest)`: the block's own mask; shorter prompts stand at its right end."""
@@ -100,6 +110,15 @@ class Layout:
     def widen_mask(self, mask: Tensor) -> Tensor:
         """A padding mask `(B, n)` with the prompts in it."""
         return self.widen(self.block_mask(mask.shape[0], mask), mask, left_padding(mask))
+
+    def narrow(self, wide: Tensor, dim: int) -> Tensor:
+        """A wide row's columns (dimension `dim`) that are the caller's own."""
+        p, tokens = self.longest, wide.shape[dim] - self.longest
+        if self.even or not self.tail:
+            return wide.narrow(dim, p, tokens)
+        index = self.column(wide) + torch.arange(tokens, device=wide.device)[None]  # (B, n)
+        index = index.view(len(index), *[tokens if i == dim else 1 for i in range(1, wide.ndim)])
+        return wide.gather(dim, index.expand(*[tokens if i == dim else n for i, n in enumerate(wide.shape)]))
 
 
 def left_padding(mask: Tensor) -> Tensor:
@@ -139,8 +158,11 @@ def run(host: Any, base: Callable[..., Any], groups: Groups, args: Args, kwargs:
     tokens: Tensor | None = call["input_ids"] if "input_ids" in call else call.get("inputs_embeds")
     if tokens is None:
         return base(**call)
-    call = widen_cross(call, Layout.of(groups, tokens.shape[0], "encoder_length"), tokens.shape[0])
-    layout = Layout.of(groups, tokens.shape[0], "length")
+    call = widen_cross(call, Layout.of(groups, tokens.shape[0], "encoder_length", tail=True), tokens.shape[0])
+    causal = any(e.causal for _, edits in groups for e in edits)
+    layout = Layout.of(groups, tokens.shape[0], "length", tail=not causal)
+    if causal and not layout.even:
+        check_places(host, groups)
     past, n = cached(call), tokens.shape[1]
     check_positions(groups, past + n + (layout.longest if not past else 0))
     if past == 0:
@@ -152,7 +174,7 @@ def run(host: Any, base: Callable[..., Any], groups: Groups, args: Args, kwargs:
     if past or not layout.longest or any(e.keeps_width for _, edits in groups for e in edits):
         return out
     first = any(e.reads_first for _, edits in groups for e in edits)
-    return strip(out, width, layout.longest, first)
+    return strip(out, width, layout, first)
 
 
 def wider_state(state: State, width: int) -> State:
@@ -172,6 +194,16 @@ def check_positions(groups: Groups, tokens: int) -> None:
                 f"the input takes {needed} positions with the prompt's {own}, and the model has {limit}; truncate "
                 f"inputs to {limit - own} tokens (max_length) or lower num_virtual_tokens"
             )
+
+
+def check_places(host: Any, groups: Groups) -> None:
+    """Refuses gaps before the prompts where a stack counts all columns of its table of positions."""
+    counted = any(e.positions is not None for _, edits in groups for e in edits)
+    if counted and not takes(host, "position_ids"):
+        raise ConfigError(
+            f"{type(host).__name__} takes no position_ids, so one batch cannot hold prompts of different length in it; "
+            "give its adapters the same num_virtual_tokens, or run them in batches of their own"
+        )
 
 
 def embed(host: Any, groups: Groups, call: Kwargs) -> Tensor:
@@ -303,7 +335,8 @@ def place(host: Any, groups: Groups, layout: Layout, call: Kwargs, past: int, n:
         return shift_given(given, layout, shift, past, left)
     mask = call.get("attention_mask")
     width = n if past else n + layout.longest
-    if isinstance(mask, Tensor) and mask.ndim == 2 and (causal or (shift.longest and offset_of(groups))):
+    reaches = shift.longest or layout.longest
+    if isinstance(mask, Tensor) and mask.ndim == 2 and (causal or (reaches and offset_of(groups))):
         positions = ((mask.long().cumsum(1) - 1).clamp(min=0))[:, -width:]
     elif shift.longest:
         positions = torch.arange(past, past + width, device=left.device)[None]
@@ -347,25 +380,28 @@ def widen_cross(call: Kwargs, layout: Layout, batch: int) -> Kwargs:
 
 
 # ---------------------------------------------------------------------- the output
-def strip(out: Any, width: int, p: int, first: bool) -> Any:
+def strip(out: Any, width: int, layout: Layout, first: bool) -> Any:
     """A stack's output without the prompt's positions; caches keep them."""
     if isinstance(out, tuple):
-        return tuple(_strip_value(v, width, p, first and i == 0, False) for i, v in enumerate(out))
+        return tuple(_strip_value(v, width, layout, first and i == 0, False) for i, v in enumerate(out))
     for name, value in list(out.items()):
         if name not in CACHE_NAMES:
-            out[name] = _strip_value(value, width, p, first and name == "last_hidden_state", name == "cross_attentions")
+            reads = first and name == "last_hidden_state"
+            out[name] = _strip_value(value, width, layout, reads, name == "cross_attentions")
     return out
 
 
-def _strip_value(value: Any, width: int, p: int, first: bool, cross: bool) -> Any:
+def _strip_value(value: Any, width: int, layout: Layout, first: bool, cross: bool) -> Any:
     if isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
-        return tuple(_strip_value(v, width, p, False, cross) for v in value)
+        return tuple(_strip_value(v, width, layout, False, cross) for v in value)
     if not isinstance(value, Tensor):
         return value
     if value.ndim == 3 and value.shape[1] == width:  # hidden states
-        return torch.cat([value[:, :1], value[:, p + 1 :]], 1) if first else value[:, p:]
+        own = layout.narrow(value, 1)
+        return torch.cat([value[:, :1], own[:, 1:]], 1) if first else own
     if value.ndim == 4 and value.shape[2] == width:  # attention weights
-        return value[:, :, p:] if cross else value[:, :, p:, p:]
+        own = layout.narrow(value, 2)
+        return own if cross else layout.narrow(own, 3)
     return value
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deltatune.config import register
 from deltatune.core.edits import Edit
-from deltatune.core.prompts import Stack, cache_of, only
+from deltatune.core.prompts import CACHE_NAMES, Stack, only, takes
 from deltatune.core.sites import Site
 from deltatune.errors import ConfigError, hint
 from deltatune.methods._prompts import (
@@ -187,6 +187,25 @@ def _prompt_of(model: Any, adapter_name: str | None) -> tuple[Prompt, PrefixTuni
     return prompt, config
 
 
+def check_beginning(layer: Any, p: int) -> None:
+    """Refuses a cache's layer that does not hold the first P positions of one row.
+
+    Raises:
+        ConfigError: says what it holds.
+    """
+    rows, _, held, _ = layer.keys.shape  # (1, heads, n, d)
+    if rows != 1 or held < p:
+        raise ConfigError(
+            f"the cache holds {rows} rows of {held} positions; a prefix of {p} needs one row of at least {p}"
+        )
+    seen = int(layer.get_seq_length())
+    if seen > held:
+        raise ConfigError(
+            f"the cache keeps only the last {held} of {seen} positions, in a layer with a sliding window, and a prefix "
+            "starts at the first; fill a plain DynamicCache(), or use initialize_kv_prefix_from_text"
+        )
+
+
 @torch.no_grad()
 def initialize_kv_prefix_from_past_key_values(
     model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
@@ -194,21 +213,18 @@ def initialize_kv_prefix_from_past_key_values(
     """Starts a prefix at the first P positions of a cache that the base filled; returns the table.
 
     Raises:
-        ConfigError: the cache is shorter than the prefix, has several rows, or is of another model.
+        ConfigError: the cache is shorter than the prefix or has lost its beginning (a sliding window), has several
+            rows, or is of another model.
     """
     prompt, config = _prompt_of(model, adapter_name)
     p = config.tokens
     if num_virtual_tokens not in (None, p):
         raise ConfigError(f"num_virtual_tokens={num_virtual_tokens}, but this adapter's prefix has {p}")
+    own = getattr(past_key_values, "self_attention_cache", past_key_values)  # an encoder-decoder's holds two caches
     parts = []
-    for layer in past_key_values.layers:
-        for side in (layer.keys, layer.values):  # (1, heads, n, d)
-            if side.shape[0] != 1 or side.shape[2] < p:
-                raise ConfigError(
-                    f"the cache holds {side.shape[0]} rows of {side.shape[2]} positions; a prefix of {p} needs one "
-                    f"row of at least {p}"
-                )
-            parts.append(side[0, :, :p].transpose(0, 1).reshape(p, -1))
+    for layer in own.layers:
+        check_beginning(layer, p)
+        parts += [side[0, :, :p].transpose(0, 1).reshape(p, -1) for side in (layer.keys, layer.values)]
     table = torch.cat(parts, 1)
     weight = prompt.encoder.embedding.weight
     if table.shape != weight.shape:
@@ -234,8 +250,10 @@ def initialize_kv_prefix_from_text(
         use_chat_template: the text is a user's message, where the tokenizer has a template.
 
     Raises:
-        ConfigError: the text has fewer tokens than the prefix.
+        ConfigError: the text has fewer tokens than the prefix, or the model is an encoder-decoder.
     """
+    from transformers import DynamicCache
+
     _, config = _prompt_of(model, adapter_name)
     if not text.strip():
         raise ConfigError("the text that a prefix starts from is empty")
@@ -248,11 +266,15 @@ def initialize_kv_prefix_from_text(
             "num_virtual_tokens"
         )
     base = model.get_base_model()
+    if base.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{type(base).__name__} is an encoder-decoder model, whose decoder needs an input for its encoder beside the "
+            "text; fill a cache with both and use initialize_kv_prefix_from_past_key_values"
+        )
+    cache = DynamicCache()  # without a configuration it keeps all positions, whatever a layer's window
+    key = next(n for n in CACHE_NAMES if takes(base, n))
     with model.disable_adapter():
-        out = base(input_ids=ids.to(base.device), use_cache=True)
+        base(input_ids=ids[:, : config.tokens].to(base.device), use_cache=True, **{key: cache})
     return initialize_kv_prefix_from_past_key_values(
-        model,
-        adapter_name=adapter_name,
-        past_key_values=cache_of(out),
-        num_virtual_tokens=num_virtual_tokens,
+        model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=num_virtual_tokens
     )
