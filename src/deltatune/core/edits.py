@@ -461,6 +461,7 @@ class PromptEdit(Edit):
         reads_first: a classifier that reads the first position reads the prompt's first.
         keeps_width: the prompt's positions stay in the output (an encoder's, which the decoder looks at).
         causal, positions, offset: of the stack; see `deltatune.core.prompts.Stack`.
+        at_table: it sits on a table of positions that a stack calls, and moves what is looked up there by `shift`.
     """
 
     no_merge = "adds to the input and does not change a weight"
@@ -473,6 +474,11 @@ class PromptEdit(Edit):
     causal = False
     positions: int | None = None
     offset = 0
+    at_table = False
+
+    def moved(self, call: Kwargs, by: int) -> Kwargs:
+        """The call of a table of positions, `by` positions further on."""
+        raise NotImplementedError
 
     def prompt(self, tasks: Tensor | None) -> Tensor:
         """The embeddings, `(P, d)`, or `(B, P, d)` where they depend on each row's entry of `tasks: (B,)`."""

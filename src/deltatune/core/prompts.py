@@ -7,7 +7,8 @@ states of the caller's own width. So heads, labels, losses and poolings never se
 A row reads `[left padding] [prompt] [tokens] [right padding]`: what a tokenizer would have given, had the prompt been
 text. That makes a left-padded batch equal to its rows alone, and gives prompts of different length a place in one
 batch: the gap of a shorter one stands before it in a causal stack, whose cache goes on at the row's end, and at the
-row's end elsewhere, where poolings and tables of positions count from the row's start. In generation the prompt goes into the cache at the first step; later steps widen only mask and positions.
+row's end elsewhere, where poolings and tables of positions count from the row's start. In generation the prompt goes
+into the cache at the first step; later steps widen only mask and positions.
 """
 
 from __future__ import annotations
@@ -158,6 +159,8 @@ def run(host: Any, base: Callable[..., Any], groups: Groups, args: Args, kwargs:
     tokens: Tensor | None = call["input_ids"] if "input_ids" in call else call.get("inputs_embeds")
     if tokens is None:
         return base(**call)
+    if any(e.at_table for _, edits in groups for e in edits):
+        return look_up(base, groups, call, tokens.shape[0])
     call = widen_cross(call, Layout.of(groups, tokens.shape[0], "encoder_length", tail=True), tokens.shape[0])
     causal = any(e.causal for _, edits in groups for e in edits)
     layout = Layout.of(groups, tokens.shape[0], "length", tail=not causal)
@@ -175,6 +178,17 @@ def run(host: Any, base: Callable[..., Any], groups: Groups, args: Args, kwargs:
         return out
     first = any(e.reads_first for _, edits in groups for e in edits)
     return strip(out, width, layout, first)
+
+
+def look_up(base: Callable[..., Any], groups: Groups, call: Kwargs, batch: int) -> Any:
+    """A table of positions, each row's moved on by its prefix."""
+    edit = next(e for _, edits in groups for e in edits)
+    lengths = Layout.of(groups, batch, "shift").lengths
+    found = {by: base(**edit.moved(call, by)) for by in set(lengths)}
+    if len(found) == 1:
+        return found[lengths[0]]
+    rows = {by: out.expand(batch, -1, -1) for by, out in found.items()}
+    return torch.stack([rows[by][i] for i, by in enumerate(lengths)])
 
 
 def wider_state(state: State, width: int) -> State:

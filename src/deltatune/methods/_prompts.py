@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from deltatune.config import TargetedConfig, TaskType
 from deltatune.core import attention
 from deltatune.core.bank import Bank
-from deltatune.core.edits import Args, Edit, KVEdit, Kwargs, PromptEdit, Slot, container_at
-from deltatune.core.prompts import Stack, bind, find_stacks, only, takes
+from deltatune.core.edits import Edit, KVEdit, Kwargs, PromptEdit, Slot, container_at
+from deltatune.core.prompts import Stack, find_stacks, only, takes
 from deltatune.core.roles import role_of
 from deltatune.core.sites import Site, base_modules
 from deltatune.errors import ConfigError
@@ -177,21 +177,20 @@ class Shift(PromptEdit):
         self.causal, self.positions, self.offset = stack.causal, stack.positions, stack.offset
 
 
-class PositionShift(Edit):
-    """As `Shift`, at the table of positions of a stack that takes no `position_ids` (BART's decoder)."""
+class PositionShift(PromptEdit):
+    """As `Shift`, at the table of positions of a stack that takes no `position_ids` (BART's)."""
 
-    no_merge = Shift.no_merge
+    at_table = True
 
     def __init__(self, length: int) -> None:
         super().__init__()
         self.shift = length
 
-    def pre(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        call = bind(self.host, args, kwargs)
+    def moved(self, call: Kwargs, by: int) -> Kwargs:
         if "position_ids" in call:
-            return (), {**call, "position_ids": call["position_ids"] + self.shift}
+            return {**call, "position_ids": call["position_ids"] + by}
         name = next(n for n in LENGTH_NAMES if takes(self.host, n))
-        return (), {**call, name: call.get(name, 0) + self.shift}
+        return {**call, name: call.get(name, 0) + by}
 
 
 class PrefixPairs(KVEdit):

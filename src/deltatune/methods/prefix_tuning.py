@@ -268,8 +268,8 @@ def initialize_kv_prefix_from_text(
     base = model.get_base_model()
     if base.config.is_encoder_decoder:
         raise ConfigError(
-            f"{type(base).__name__} is an encoder-decoder model, whose decoder needs an input for its encoder beside the "
-            "text; fill a cache with both and use initialize_kv_prefix_from_past_key_values"
+            f"{type(base).__name__} is an encoder-decoder model, whose encoder needs an input beside the text; fill a "
+            "cache with both and use initialize_kv_prefix_from_past_key_values"
         )
     cache = DynamicCache()  # without a configuration it keeps all positions, whatever a layer's window
     key = next(n for n in CACHE_NAMES if takes(base, n))
