@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for kind in ("bert", "llama"):
         model = base(kind)
-        tensors = {k: v.contiguous().clone() for k, v in model.base_model.state_dict().items()}
+        tensors = {k: v.contiguous().clone() for k, v in model.base_model.state_dict().items() if "prompt_tuning" not in k}
         (folder / f"base-{kind}").mkdir(parents=True)
         save_file(tensors, folder / f"base-{kind}" / "model.safetensors")
         config = {k: v for k, v in model.config.to_dict().items() if k in {*SMALL, "intermediate_size"}}

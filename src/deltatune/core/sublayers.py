@@ -34,6 +34,8 @@ class SubLayer:
         output: the module whose output goes into the residual sum.
         reads: the module whose first input is the sub-layer's input.
         norm: the norm that is called on the sum; None in pre-norm models.
+        residual: the module whose first input is what the sub-layer's output is added to: `reads`, or in pre-norm
+            models the norm before it.
         size: of the hidden states.
     """
 
@@ -43,6 +45,7 @@ class SubLayer:
     reads: str
     norm: str | None
     size: int
+    residual: str = ""
 
 
 def find_sublayers(model: nn.Module) -> list[SubLayer]:
@@ -66,10 +69,12 @@ def _of_block(model: nn.Module, block: Block) -> list[SubLayer]:
         if out is None:
             raise _missing(model, block, "output projection of attention")
         norm = _norm_after(modules, block, out)
-        found.append(SubLayer(kind, block, _with_dropout(modules, out), path, norm, size))
+        before = path if norm is not None else _norm_before(modules, block, out) or path
+        found.append(SubLayer(kind, block, _with_dropout(modules, out), path, norm, size, before))
     out, reads = _feedforward(model, modules, block)
     norm = _norm_after(modules, block, out)
-    return [*found, SubLayer(FEEDFORWARD, block, _with_dropout(modules, out), reads, norm, size)]
+    before = reads if norm is not None else _norm_before(modules, block, out) or reads
+    return [*found, SubLayer(FEEDFORWARD, block, _with_dropout(modules, out), reads, norm, size, before)]
 
 
 def _missing(model: nn.Module, block: Block, role: str) -> TargetError:
@@ -143,6 +148,18 @@ def _norm_after(modules: dict[str, nn.Module], block: Block, out: str) -> str | 
     if out not in order or next((e for e in reversed(order) if e in norms or e == SUM), SUM) == SUM:
         return None
     return next((e for e in order[order.index(out) + 1 :] if e in norms), None)
+
+
+def _norm_before(modules: dict[str, nn.Module], block: Block, out: str) -> str | None:
+    """The norm whose output a sub-layer reads, in a pre-norm block."""
+    norms = {p for p, m in modules.items() if is_norm(m)}
+    order = calls(modules[block.path], block.path, {*norms, out})
+    for event in reversed(order[: order.index(out)] if out in order else []):
+        if event == SUM:
+            return None
+        if event in norms:
+            return event
+    return None
 
 
 def named_outputs(model: nn.Module, paths: Sequence[str]) -> list[SubLayer]:

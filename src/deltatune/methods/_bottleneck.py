@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.edits import Args, Edit, Kwargs, Slot, Witness
+from deltatune.core.sublayers import SubLayer
 from deltatune.errors import ConfigError, hint
 
 
@@ -79,6 +80,8 @@ class Bottleneck(Edit):
     """
 
     no_merge = "has a non-linearity between its two maps"
+    #: where it stands, for readers of other libraries' files
+    sublayer: SubLayer | None = None
 
     def __init__(self, config: Any, size: int, m: int, read: int | None = None) -> None:
         super().__init__()

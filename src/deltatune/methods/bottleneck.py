@@ -30,6 +30,7 @@ from deltatune.methods._bottleneck import (
     AfterOutput,
     Beside,
     BesideReader,
+    Bottleneck,
     Dense,
     OnSum,
     Reader,
@@ -55,7 +56,8 @@ class BottleneckConfig(TargetedConfig):
             through the model, an encoder's first.
         non_linearity: f. scaling: s, or `"learned"` (one number), or `"channel"` (one per feature).
         original_ln_before: the adapter reads the residual sum (normed, where the model norms it) and not f.
-        is_parallel: the adapter reads the sub-layer's input.
+        is_parallel: the adapter reads the sub-layer's input. parallel_reads: `"sub-layer"`, what the sub-layer itself
+            reads, or `"residual"`, the same before a pre-norm block's norm (as the library `adapters` does).
         ln_before, ln_after: norms of the adapter's own around it. use_gating: times sigmoid(w·h + b), averaged over
             the tokens; `"token"` for each token its own, which a causal model needs.
         dropout: on the adapter's output. stochastic_depth: chance, in training, that a row goes without.
@@ -77,6 +79,7 @@ class BottleneckConfig(TargetedConfig):
     scaling: float | str = 1.0
     original_ln_before: bool = False
     is_parallel: bool = False
+    parallel_reads: str = "sub-layer"
     ln_before: bool = False
     ln_after: bool = False
     use_gating: bool | str = False
@@ -110,6 +113,8 @@ class BottleneckConfig(TargetedConfig):
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), not {getattr(self, name)!r}")
+        if self.parallel_reads not in ("sub-layer", "residual"):
+            raise ConfigError(f'parallel_reads must be "sub-layer" or "residual", not {self.parallel_reads!r}')
         if self.is_parallel and self.original_ln_before:
             raise ConfigError("a parallel adapter reads the sub-layer's input, so original_ln_before means nothing")
         if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
@@ -128,8 +133,9 @@ class BottleneckConfig(TargetedConfig):
             self._places[host] = (kind, sub, number)
             found.append(Site(host, None, pattern=pattern))
             if kind == READER:
-                self._places[sub.reads] = ("", sub, number)
-                found.insert(-1, Site(sub.reads, None, pattern="reads"))
+                start = self._start(sub)
+                self._places[start] = ("", sub, number)
+                found.insert(-1, Site(start, None, pattern="reads"))
         if self.train_layer_norms:
             return [*found, *self._norms(model)]
         return found
@@ -171,6 +177,8 @@ class BottleneckConfig(TargetedConfig):
     def _place(self, model: nn.Module, sub: SubLayer) -> tuple[str, str, str]:
         """(kind of place, the host, what selected it)."""
         if self.is_parallel:
+            if self.parallel_reads == "residual" and sub.residual not in ("", sub.reads):
+                return READER, sub.output, sub.kind
             whole = sub.output == sub.reads or sub.output.startswith(f"{sub.reads}.")
             return (WHOLE, sub.reads, sub.kind) if whole else (READER, sub.output, sub.kind)
         if not self.original_ln_before or not sub.block.stack:
@@ -183,6 +191,10 @@ class BottleneckConfig(TargetedConfig):
             f"{type(model).__name__} norms before its sub-layers, so there is no module at the sum behind "
             f"{sub.output!r}; set original_ln_before=False or mh_adapter=False"
         )
+
+    def _start(self, sub: SubLayer) -> str:
+        """The module whose input a parallel adapter reads."""
+        return sub.residual if self.parallel_reads == "residual" and sub.residual else sub.reads
 
     def _norms(self, model: nn.Module) -> list[Site]:
         taken = {host for host, (kind, _, _) in self._places.items() if kind == SUM}
@@ -200,9 +212,13 @@ class BottleneckConfig(TargetedConfig):
         if not kind:
             self._readers[site.path] = Reader()
             return self._readers[site.path]
-        m = self.units(sub.size, number, site.path)
+        made = self._block(module, site, kind, sub, self.units(sub.size, number, site.path))
+        made.sublayer = sub
+        return made
+
+    def _block(self, module: nn.Module, site: Site, kind: str, sub: SubLayer, m: int) -> Bottleneck:
         if kind == READER:
-            return BesideReader(self._readers[sub.reads], self, sub.size, m)
+            return BesideReader(self._readers[self._start(sub)], self, sub.size, m)
         if kind == WHOLE:
             if getattr(find_op(module), "looks_up", False):
                 raise ConfigError(f"{site.path!r} reads tokens, so no parallel adapter can stand beside it")

@@ -72,6 +72,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         prefix_projection: compute the prefix by a network in training.
         prefix_attention: which attentions of an encoder-decoder model have a prefix: some of `"encoder"`,
             `"decoder"`, `"cross"`; the decoder's own if None.
+        shift_positions: tokens count their positions from P on, as in peft; False leaves positions alone.
 
     Raises:
         ConfigError: a value is out of range.
@@ -81,11 +82,12 @@ class PrefixTuningConfig(PromptLearningConfig):
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
     prefix_attention: list[str] | None = None
+    shift_positions: bool = True
 
     method: ClassVar[str] = "PREFIX_TUNING"
     summary: ClassVar[str] = "trained keys and values before every layer's attention"
     paper: ClassVar[str] = "arXiv 2101.00190"
-    own_fields: ClassVar[tuple[str, ...]] = ("prefix_attention",)
+    own_fields: ClassVar[tuple[str, ...]] = ("prefix_attention", "shift_positions")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +157,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             made.append((Site(place.path, None), [edit]))
         kinds = {a.kind for a in places}
         for stack in stacks:
-            if stack.role in kinds or stack.role == "only":
+            if self.shift_positions and (stack.role in kinds or stack.role == "only"):
                 made += shifts(stack, self.tokens)
         return made
 

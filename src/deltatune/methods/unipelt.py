@@ -141,11 +141,12 @@ class GatedPrefixConfig(PrefixTuningConfig):
     """
 
     gate: str = "row"
+    shift_positions: bool = False
 
     method: ClassVar[str] = "GATED_PREFIX"
     summary: ClassVar[str] = "a prefix times a gate of the input, a part of UniPELT"
     paper: ClassVar[str] = "arXiv 2110.07577"
-    own_fields: ClassVar[tuple[str, ...]] = ("prefix_attention", "gate")
+    own_fields: ClassVar[tuple[str, ...]] = ("prefix_attention", "shift_positions", "gate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
