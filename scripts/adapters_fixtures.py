@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 
 SMALL: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.tensor([[5, 9, 22, 31, 8, 17], [12, 4, 3, 7, 30, 11]])
+# one padded position: without any, that library's prefixes under SDPA's causal flag see the wrong keys
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
 
 #: name -> (configuration class, its options, kinds of model)
 CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -52,7 +54,7 @@ def base(kind: str) -> Any:
     torch.manual_seed(0)
     if kind == "bert":
         return adapters.BertAdapterModel(transformers.BertConfig(**SMALL, intermediate_size=32))
-    config = transformers.LlamaConfig(**SMALL, intermediate_size=32, num_key_value_heads=1)
+    config = transformers.LlamaConfig(**SMALL, intermediate_size=32, num_key_value_heads=1, attn_implementation="eager")
     return adapters.LlamaAdapterModel(config)
 
 
@@ -73,7 +75,9 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for kind in ("bert", "llama"):
         model = base(kind)
-        tensors = {k: v.contiguous().clone() for k, v in model.base_model.state_dict().items() if "prompt_tuning" not in k}
+        tensors = {
+            k: v.contiguous().clone() for k, v in model.base_model.state_dict().items() if "prompt_tuning" not in k
+        }
         (folder / f"base-{kind}").mkdir(parents=True)
         save_file(tensors, folder / f"base-{kind}" / "model.safetensors")
         config = {k: v for k, v in model.config.to_dict().items() if k in {*SMALL, "intermediate_size"}}
@@ -88,13 +92,15 @@ def main(folder: Path) -> None:
                 if "task" in key or "prefix_tunings" in key or "shared_parameters" in key:
                     p.add_(torch.randn(p.shape, generator=generator) * 0.2)
             model.set_active_adapters("task")
-            out = model.base_model(input_ids=IDS).last_hidden_state
+            out = model.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
             place = folder / f"{name}-{kind}"
             model.save_adapter(str(place), "task", with_head=False)
             to_safetensors(place)
-            save_file({"input_ids": IDS, "output": out.contiguous()}, place / "output.safetensors")
+            save_file(
+                {"input_ids": IDS, "attention_mask": MASK, "output": out.contiguous()}, place / "output.safetensors"
+            )
             model.set_active_adapters(None)
-            moved = (model.base_model(input_ids=IDS).last_hidden_state - out).abs().max()
+            moved = (model.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state - out).abs().max()
             print(f"{place.name}: moves the output by {moved:.3f}")
             assert moved > 1e-3
     fusion(folder)
@@ -120,13 +126,13 @@ def fusion(folder: Path) -> None:
         if ".a." in key or ".b." in key or "a,b" in key:
             p.add_(torch.randn(p.shape, generator=generator) * 0.2)
     model.set_active_adapters(setup)
-    out = model.base_model(input_ids=IDS).last_hidden_state
+    out = model.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
     place = folder / "fusion-bert"
     model.save_adapter_setup(str(place), setup)
     for part in (place, *place.iterdir()):
         if part.is_dir():
             to_safetensors(part)
-    save_file({"input_ids": IDS, "output": out.contiguous()}, place / "output.safetensors")
+    save_file({"input_ids": IDS, "attention_mask": MASK, "output": out.contiguous()}, place / "output.safetensors")
     print(place, sorted(p.name for p in place.rglob("*")))
 
 

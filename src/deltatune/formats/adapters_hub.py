@@ -1,10 +1,10 @@
 """Checkpoints of the library `adapters` (AdapterHub), version 1: read into adapters of ours.
 
     model = load_adapter(base, "folder")           # what `save_adapter` wrote
-    model = load_adapter_setup(base, "folder")     # what `save_adapter_setup` wrote: a composition
+    model = load_adapter_setup(base, "folder")     # what `save_adapter_setup` wrote
 
-Bottleneck adapters (with invertible ones and Compacter), LoRA, IA3, prefix tuning, and unions of them (MAM, UniPELT) are
-read, in safetensors files. That library also writes pickles, which are refused with the way to convert them.
+Bottleneck adapters (with invertible ones and Compacter), LoRA, IA3, prefix tuning, and unions of them (MAM,
+UniPELT) are read from safetensors files. That library also writes pickles, which are refused with the way to convert them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,24 @@ CONVERT = (
     'safetensors.torch.save_file({k: v.clone() for k, v in tensors.items()}, "adapter.safetensors")'
 )
 #: options of a bottleneck that both libraries have under one name
-SAME = ["mh_adapter", "output_adapter", "cross_adapter", "non_linearity", "scaling", "original_ln_before", "is_parallel", "ln_before", "ln_after", "use_gating", "dropout", "stochastic_depth", "init_weights", "leave_out", "inv_adapter", "reduction_factor"]
+SAME = [
+    "mh_adapter",
+    "output_adapter",
+    "cross_adapter",
+    "non_linearity",
+    "scaling",
+    "original_ln_before",
+    "is_parallel",
+    "ln_before",
+    "ln_after",
+    "use_gating",
+    "dropout",
+    "stochastic_depth",
+    "init_weights",
+    "leave_out",
+    "inv_adapter",
+    "reduction_factor",
+]
 #: options of a bottleneck that are read only with this value
 ONLY = {
     "original_ln_after": True,
@@ -229,7 +246,7 @@ def _slot(edit: Edit, leaf: str) -> str | None:
     """The key of our tensor for that library's `leaf`."""
     base, _, last = leaf.rpartition(".")
     name, attr = NAMES.get(base, base), last
-    if isinstance(edit, Bottleneck) and leaf in ("scaling", "phm_rule"):
+    if leaf in ("scaling", "phm_rule"):
         name, attr = ("bottleneck_scaling" if leaf == "scaling" else leaf), ""
     elif base == "gate":
         name = "lora_gate" if isinstance(edit, GatedLora) else "bottleneck_gate"
