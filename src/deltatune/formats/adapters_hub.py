@@ -4,7 +4,8 @@
     model = load_adapter_setup(base, "folder")     # what `save_adapter_setup` wrote
 
 Bottleneck adapters (with invertible ones and Compacter), LoRA, IA3, prefix tuning, and unions of them (MAM,
-UniPELT) are read from safetensors files. That library also writes pickles, which are refused with the way to convert them.
+UniPELT) are read from safetensors files. That library also writes pickles, which are refused with the way to convert
+them.
 """
 
 from __future__ import annotations
