@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import deltatune
-from methods.prompt_models import bart, roberta
+from methods.prompt_models import bart, mistral, roberta
 from tiny import bert, gpt2, ids, llama, shake, t5
 
 pytestmark = [
@@ -44,7 +44,13 @@ CASES = [
 ]
 LLAMA = {"task_type": "CAUSAL_LM"}
 CASES += [
-    pytest.param(llama, "AdaptionPromptConfig", {**LLAMA, "adapter_len": 3, "adapter_layers": n}, id=f"adaption-{n}")
+    pytest.param(
+        make,
+        "AdaptionPromptConfig",
+        {**LLAMA, "adapter_len": 3, "adapter_layers": n},
+        id=f"adaption-{make.__name__}-{n}",
+    )
+    for make in (llama, mistral)
     for n in (1, 2)
 ]
 CASES.append(
