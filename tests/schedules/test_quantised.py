@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from deltatune import AdaLoraConfig, ConfigError, LoraConfig, get_peft_model
-from deltatune.schedules import FullThenLora, Lisa, LoraPlus, ReLora, attach
+from deltatune.schedules import (
+    Cola,
+    DeltaLora,
+    FullThenLora,
+    Lisa,
+    LoraPlus,
+    LoraPro,
+    PeriodicLora,
+    ReLora,
+    Riemannian,
+    attach,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -49,12 +60,15 @@ def lora():
     return LoraConfig(r=4, target_modules=["0", "1"])
 
 
-@pytest.mark.parametrize("which", ["adalora", "lora_plus"])
+RULES = {"lora_plus": LoraPlus(ratio=4), "lora_pro": LoraPro(), "riemannian": Riemannian()}
+
+
+@pytest.mark.parametrize("which", ["adalora", *RULES])
 def test_what_leaves_the_base_alone_runs(which):
     if which == "adalora":
         losses = run(AdaLoraConfig(init_r=4, target_r=2, target_modules=["0", "1"], lora_alpha=16))
     else:
-        losses = run(lora(), LoraPlus(ratio=4))
+        losses = run(lora(), RULES[which])
     assert losses[-1] < losses[0]
 
 
@@ -62,6 +76,9 @@ def test_what_leaves_the_base_alone_runs(which):
     ("config", "procedure", "says"),
     [
         (lora(), ReLora(cycle=2, restart_warmup=1), "is stored quantised.*load the base in 16 or 32 bits"),
+        (lora(), PeriodicLora(stage=2), "PeriodicLoRA folds .* is stored quantised"),
+        (lora(), Cola(links=2), "COLA folds .* is stored quantised"),
+        (lora(), DeltaLora(after=2), "Delta-LoRA folds .* is stored quantised"),
         (lora(), FullThenLora(warmup=1), "trains the base's own weights, and .* is stored quantised"),
         (None, Lisa(layers=1, every=2), "LISA trains the base's own weights, and .* is stored quantised"),
     ],

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.config import register
 from deltatune.core.edits import Edit
+from deltatune.core.sharded import fill, whole
 from deltatune.core.sites import Site
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
@@ -78,7 +79,21 @@ def project_gradients(
     from deltatune.schedules.attach import _find
 
     _, adapters, name = _find(model, adapter_name)
-    edits: Sequence[Edit] = adapters.edits[name] if adapters is not None else []
+    deltas = frozen_a(adapters.edits[name] if adapters is not None else [], "project_gradients")
+
+    def hook(*_: Any) -> None:
+        for delta in deltas:
+            project(delta)
+
+    return optimizer.register_step_pre_hook(hook)
+
+
+def frozen_a(edits: Sequence[Edit], who: str) -> list[LoraDelta]:
+    """The pairs whose A is frozen and whose B trains.
+
+    Raises:
+        ConfigError: there is none.
+    """
     deltas = [
         e
         for e in edits
@@ -86,24 +101,20 @@ def project_gradients(
     ]
     if not deltas:
         raise ConfigError(
-            "project_gradients needs pairs whose A is frozen and whose B trains, and this model has none; "
+            f"{who} needs pairs whose A is frozen and whose B trains, and this model has none; "
             "adapt it with LoraFAConfig"
         )
-
-    def hook(*_: Any) -> None:
-        for delta in deltas:
-            _project(delta)
-
-    return optimizer.register_step_pre_hook(hook)
+    return deltas
 
 
 @torch.no_grad()
-def _project(delta: LoraDelta) -> None:
+def project(delta: LoraDelta) -> None:
+    """Projects the gradient of one B, in place."""
     grad = delta.lora_B.weight.grad
     if grad is None:
         return
-    a, g = delta.ref.op.unpack(delta.lora_A.weight, grad)  # (*batch, r, in), (*batch, out, r)
+    a, g = delta.ref.op.unpack(whole(delta.lora_A.weight.detach()), whole(grad))  # (*batch, r, in), (*batch, out, r)
     a, g = a.float(), g.float()
     gram = a @ a.mT + 1e-8 * torch.eye(a.shape[-2], device=a.device)
     projected = torch.linalg.solve(gram, g, left=False) / delta.scale**2
-    grad.copy_(delta.ref.op.pack(delta.ref.module, a, projected)[1])
+    fill(grad, delta.ref.op.pack(delta.ref.module, a, projected)[1])

@@ -22,24 +22,36 @@ for _found in iter_modules(__path__):
 
 from deltatune.schedules.adalora import AdaLora  # noqa: E402
 from deltatune.schedules.adapter_drop import AdapterDrop  # noqa: E402
+from deltatune.schedules.cola import Cola  # noqa: E402
+from deltatune.schedules.delta_lora import DeltaLora  # noqa: E402
 from deltatune.schedules.full_then_lora import FullThenLora  # noqa: E402
 from deltatune.schedules.fusion import FusionPenalty  # noqa: E402
 from deltatune.schedules.lisa import Lisa  # noqa: E402
+from deltatune.schedules.lora_fa import LoraFA  # noqa: E402
 from deltatune.schedules.lora_plus import LoraPlus  # noqa: E402
+from deltatune.schedules.lora_pro import LoraPro  # noqa: E402
+from deltatune.schedules.periodic_lora import PeriodicLora  # noqa: E402
 from deltatune.schedules.relora import ReLora  # noqa: E402
+from deltatune.schedules.riemannian import Riemannian  # noqa: E402
 
 __all__ = [
     "PROCEDURES",
     "AdaLora",
     "AdapterDrop",
     "Attached",
+    "Cola",
+    "DeltaLora",
     "FullThenLora",
     "FusionPenalty",
     "Lisa",
+    "LoraFA",
     "LoraPlus",
+    "LoraPro",
+    "PeriodicLora",
     "Procedure",
     "Rate",
     "ReLora",
+    "Riemannian",
     "Run",
     "Schedule",
     "attach",

@@ -70,6 +70,12 @@ def fold_in(deltas: Sequence[Delta]) -> None:
             param.copy_(fold(group).to(param.dtype))
 
 
+def weights_of(root: nn.Module, deltas: Iterable[Delta]) -> dict[str, Tensor]:
+    """The base's parameters that these deltas change, by name."""
+    taken = {id(d.ref.param) for d in deltas}
+    return {name: p for name, p in base_parameters(root) if id(p) in taken}
+
+
 def rest_of(root: nn.Module, edits: Iterable[Edit]) -> dict[str, Tensor]:
     """The base's own parameters that no delta of an adapter stands for: embeddings, norms, the head."""
     taken = {id(e.ref.param) for e in edits if isinstance(e, Delta)}

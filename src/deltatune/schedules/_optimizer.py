@@ -13,6 +13,8 @@ from deltatune.core.sharded import part_like, whole
 from deltatune.errors import ConfigError
 
 Reset = Literal["zero", "random", "magnitude"]
+#: of an optimiser: the procedures that act in its steps
+ATTRIBUTE = "_deltatune_schedule"
 
 
 def forget(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> None:
@@ -108,3 +110,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def rate_of(optimizer: torch.optim.Optimizer, param: Tensor) -> tuple[float, float]:
+    """(learning rate, weight decay) of one parameter in the step under way, all procedures' rates included."""
+    group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
+    rate = getattr(optimizer, ATTRIBUTE).rate(param)
+    lr = float(group["lr"])
+    if rate.lr is not None:
+        initial = float(group.get("initial_lr", lr))
+        lr = rate.lr * (lr / initial if initial else 0.0)
+    return lr * rate.factor, float(group.get("weight_decay", 0.0)) if rate.decay else 0.0

@@ -13,12 +13,11 @@ from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.sharded import fill, whole
 from deltatune.core.sites import base_parameters
 from deltatune.errors import ConfigError
-from deltatune.schedules._optimizer import check_forgets
+from deltatune.schedules._optimizer import ATTRIBUTE, check_forgets
 from deltatune.schedules.base import Procedure, Rate, Run, Schedule
 
 #: what a part of a group does not share with it while a step runs
 _OWN = ("params", "lr", "weight_decay")
-_ATTRIBUTE = "_deltatune_schedule"
 
 
 def attach(
@@ -42,7 +41,7 @@ def attach(
         ConfigError: a procedure does not go with the model, the optimiser or the number of steps.
     """
     plain = getattr(optimizer, "optimizer", optimizer)
-    if hasattr(plain, _ATTRIBUTE):
+    if hasattr(plain, ATTRIBUTE):
         raise ConfigError("this optimiser already has procedures; give all of them to one call of attach")
     root, adapters, name = _find(model, adapter_name)
     chosen = _all(procedures, adapters, name)
@@ -155,7 +154,7 @@ class Attached:
         before = run.optimizer.register_step_pre_hook(self._before)
         after = run.optimizer.register_step_post_hook(self._after)
         self._handles = [before, after]
-        setattr(run.optimizer, _ATTRIBUTE, self)
+        setattr(run.optimizer, ATTRIBUTE, self)
 
     # ------------------------------------------------------------------ inside optimizer.step()
     @torch.no_grad()
@@ -277,8 +276,8 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if hasattr(self.run.optimizer, _ATTRIBUTE):
-            delattr(self.run.optimizer, _ATTRIBUTE)
+        if hasattr(self.run.optimizer, ATTRIBUTE):
+            delattr(self.run.optimizer, ATTRIBUTE)
 
     def finish(self) -> dict[str, Any]:
         """Ends the run: the model becomes what is to be saved. Returns what there is to tell, by procedure."""

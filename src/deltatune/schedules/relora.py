@@ -14,7 +14,6 @@ The learning rate is the caller's scheduler's times the factor of this file, so 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,25 +22,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltatune.core.adapters import LOW_PRECISION, AdapterSet
-from deltatune.core.edits import Delta
-from deltatune.core.sharded import fill
+from deltatune.core.adapters import AdapterSet
 from deltatune.core.sites import base_parameters
 from deltatune.errors import ConfigError
-from deltatune.inits import Request, find_init
-from deltatune.inits import start as start_of
 from deltatune.methods.lora import LoraDelta
 from deltatune.schedules._base import (
     FullFirst,
     changed,
     check_trainable,
-    deltas_of,
     fold_in,
     rest_of,
-    where,
     write_changed,
 )
-from deltatune.schedules._optimizer import Reset, check_own_weights, check_prunable, prune, seeded
+from deltatune.schedules._optimizer import Reset, check_prunable, prune
+from deltatune.schedules._restart import redraw, redrawable
 from deltatune.schedules.base import Procedure, Rate, Run, Schedule, check_number, check_whole, procedure
 
 #: shares of the moments that become zero, where nobody says otherwise (the paper's 0.999; the authors' advice, 0.9)
@@ -122,26 +116,11 @@ class ReLora(Procedure):
                 p.requires_grad_(p.is_floating_point())
 
     def start(self, run: Run) -> Schedule:
-        deltas = deltas_of(run, "ReLoRA")
-        for delta in deltas:
-            if not isinstance(delta, LoraDelta) or delta.start is not None:
-                raise ConfigError(
-                    f"ReLoRA re-draws a plain LoRA, and the adapter at {where(delta)!r} is another; use LoraConfig "
-                    "with init_lora_weights=True or 'gaussian'"
-                )
-        check_own_weights(run.optimizer, "ReLoRA")
+        deltas = redrawable(run, "ReLoRA")
         if self.warm_start:
             check_trainable(run, "ReLoRA's warm start")
-        config: Any = run.adapters.configs[run.adapter] if run.adapters is not None else None
-        if find_init(config.init_name)[0].needs_data or find_init(config.init_name)[0].freezes_b:
-            raise ConfigError(f"ReLoRA draws the pair anew; init {config.init_name!r} cannot be drawn, use True")
         if self.curve == "cosine":
             run.need_total("curve='cosine'")
-        if any(d.ref.dtype in LOW_PRECISION for d in deltas):
-            warnings.warn(
-                "ReLoRA folds into a bfloat16 base, whose 8 bits round small changes away; dtype=float32 keeps them",
-                stacklevel=4,
-            )
         return ReLoraSchedule(run, self, deltas)
 
     def check_total(self, total: int, config: Any = None) -> None:
@@ -177,10 +156,9 @@ def jagged_cosine(step: int, total: int, since: int, options: ReLora) -> float:
 
 
 class ReLoraSchedule(Schedule):
-    def __init__(self, run: Run, options: ReLora, deltas: list[Delta]) -> None:
+    def __init__(self, run: Run, options: ReLora, deltas: list[LoraDelta]) -> None:
         super().__init__(run)
-        self.options = options
-        self.deltas: list[LoraDelta] = [d for d in deltas if isinstance(d, LoraDelta)]
+        self.options, self.deltas = options, deltas
         self.rest = rest_of(run.root, run.edits()) if options.train_rest else {}
         self.first = FullFirst(run, options.warm_start, self.rest.values())
         self.pair = [slot.weight for d in self.deltas for slot in (d.lora_A, d.lora_B)]
@@ -229,17 +207,7 @@ class ReLoraSchedule(Schedule):
         """Folds the pairs into the base and draws new ones."""
         changed(self.run, "ReLoRA")
         fold_in(self.deltas)
-        seed = self.run.seed + 7919 * number
-        assert self.run.adapters is not None
-        config: Any = self.run.adapters.configs[self.run.adapter]
-        with seeded(seed, self.deltas[0].ref.device):
-            for delta in self.deltas:
-                ref = delta.ref
-                fresh = start_of(Request(config.init_for(ref), ref, where(delta), delta.r, delta.scale, config))
-                for slot, value in zip(
-                    (delta.lora_A, delta.lora_B), ref.op.pack(ref.module, fresh.a, fresh.b), strict=True
-                ):
-                    fill(slot.weight, value)
+        seed = redraw(self.run, self.deltas, number)
         generator = torch.Generator().manual_seed(seed)
         prune(self.run.optimizer, self.pair, self.options.reset, self.options.share, generator)
 
