@@ -13,6 +13,7 @@ from deltatune.core.combine import fold
 from deltatune.core.edits import Delta, Edit, ModuleEdit
 from deltatune.core.merge import evaluating
 from deltatune.core.ops import VectorOp
+from deltatune.core.sharded import whole
 from deltatune.core.sites import base_modules, base_parameters
 from deltatune.errors import ConfigError
 from deltatune.schedules._optimizer import forget
@@ -164,16 +165,17 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adap
     if adapter:
         known = adapters.configs[adapter]
         config.base_model_name_or_path, config.task_type = known.base_model_name_or_path, known.task_type
-        adapters.merge([adapter])
     describe(config, root)
     try:
         adapters.add(config, _WRITING)
-        tensors_of = get_peft_model_state_dict(root, adapter_name=_WRITING)
-        write_adapter(adapters, _WRITING, folder, {_prefixed(k): t for k, t in tensors_of.items()})
+        names = [_prefixed(key) for key in get_peft_model_state_dict(root, adapter_name=_WRITING)]
+        if adapter:
+            adapters.merge([adapter])
+        write_adapter(adapters, _WRITING, folder, {name: _value(root, name) for name in names})
     finally:
         if _WRITING in adapters.configs:
             adapters.delete(_WRITING)
-        if adapter:
+        if adapter in adapters.plan.merged:
             adapters.unmerge([adapter])
         if found is None:
             adapters.remove_all()
@@ -186,6 +188,15 @@ def _modules_of(edit: Edit) -> list[nn.Module]:
     if isinstance(edit, Delta):
         return [edit.ref.owner]
     return [edit.host] if isinstance(edit, ModuleEdit) and not edit.changes_base else []
+
+
+def _value(root: nn.Module, name: str) -> Tensor:
+    """A module's tensor as it stands, by its name in an adapter's file."""
+    from deltatune.core.checkpoint import PREFIX
+
+    path, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+    tensor: Tensor = getattr(root.get_submodule(path), leaf)
+    return whole(tensor.detach()).clone()
 
 
 def _prefixed(key: str) -> str:
