@@ -27,6 +27,7 @@ from deltatune.schedules.delta_lora import DeltaLora  # noqa: E402
 from deltatune.schedules.full_then_lora import FullThenLora  # noqa: E402
 from deltatune.schedules.fusion import FusionPenalty  # noqa: E402
 from deltatune.schedules.lisa import Lisa  # noqa: E402
+from deltatune.schedules.longlora import LongLora, interpolate_positions  # noqa: E402
 from deltatune.schedules.lora_fa import LoraFA  # noqa: E402
 from deltatune.schedules.lora_plus import LoraPlus  # noqa: E402
 from deltatune.schedules.lora_pro import LoraPro  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "FullThenLora",
     "FusionPenalty",
     "Lisa",
+    "LongLora",
     "LoraFA",
     "LoraPlus",
     "LoraPro",
@@ -56,6 +58,7 @@ __all__ = [
     "Schedule",
     "attach",
     "find_procedure",
+    "interpolate_positions",
     "mark",
     "procedure",
 ]

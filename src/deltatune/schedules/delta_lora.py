@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deltatune.core.sharded import fill
+from deltatune.core.sharded import fill, whole
 from deltatune.errors import ConfigError
 from deltatune.methods.lora import LoraDelta
 from deltatune.schedules._base import changed, deltas_of, weights_of, where, write_changed
@@ -94,7 +94,7 @@ class DeltaLoraSchedule(Schedule):
         changed(self.run, "Delta-LoRA")
         for delta, (a0, b0) in zip(self.deltas, self._before, strict=True):
             ref, (a, b) = delta.ref, factors(delta)
-            full = ref.load_full()
+            full = whole(ref.load_full())
             # B' A' - B A as one product; the difference of two would lose its last digits
             move = torch.cat([b - b0, b0], -1) @ torch.cat([a, a - a0], -2)
             moved = ref.put(full, ref.take(full) + self.options.ratio * delta.scale * move)
