@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from deltatune.config import METHODS, PeftType, _PeftTypes
 from deltatune.core.ops import BIASED, OPS
 from deltatune.errors import MixedBatchError
 from deltatune.inits import INITS
-from deltatune.stores import STORES
+from deltatune.stores import BACKENDS, STORES
 from laws import MATRICES, QUANTISED, Net
 
 PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
@@ -27,6 +28,8 @@ TABLES: list[dict[str, Any]] = [METHODS, _PeftTypes.names, OPS, BIASED, INITS, S
 @pytest.fixture
 def example(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """The names that the block with this mark defines; what it registers is taken back."""
+    for backend in BACKENDS.values():  # registers at its first import, which must not fall between here and the end
+        import_module(backend)
     before = [dict(table) for table in TABLES]
     (block,) = [b for b in blocks(PAGE, "python") if b.mark == request.param]
     yield run(block, "ARCHITECTURE.md", module(f"architecture_{request.param}"))
