@@ -156,7 +156,8 @@ class Merged:
     def _put_originals(self) -> None:
         for key, n in self._places.items():
             kind, order = self._before[id(n.owner)]
-            put_weight(n.owner, n.leaf, self.originals[key], kind)
+            # a module that kept its class may have been hosted, or freed, in the meantime
+            put_weight(n.owner, n.leaf, self.originals[key], None if n.kind is None else kind)
             reorder(n.owner, order)
 
     def bake(self) -> None:
