@@ -181,7 +181,9 @@ def page(m: Method) -> str:
 
 
 def snippet(m: Method) -> str:
-    """How the method is attached, as code."""
+    """How the method is attached, as code; its own where options alone do not say it."""
+    if m.config.usage:
+        return inspect.cleandoc(m.config.usage) + "\n"
     name = m.config.__name__
     text = ", ".join(f"{k}={v!r}" for k, v in (_usual(m.config) | dict(m.options)).items()).replace("'", '"')
     imports = (

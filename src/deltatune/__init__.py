@@ -165,6 +165,7 @@ if TYPE_CHECKING:
     from deltatune.inits.loftq import loftq_weights as loftq_weights
     from deltatune.inits.lora_ga import LoraGAConfig as LoraGAConfig
     from deltatune.inits.lora_ga import preprocess_loraga as preprocess_loraga
+    from deltatune.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from deltatune.mapping import get_peft_model as get_peft_model
     from deltatune.mapping import inject_adapter_in_model as inject_adapter_in_model
     from deltatune.methods.adalora import AdaLoraConfig as AdaLoraConfig
@@ -227,8 +228,11 @@ if TYPE_CHECKING:
     from deltatune.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from deltatune.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from deltatune.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from deltatune.quantised_start import quantize_and_adapt as quantize_and_adapt
     from deltatune.state import get_peft_model_state_dict as get_peft_model_state_dict
     from deltatune.state import load_peft_weights as load_peft_weights
     from deltatune.state import set_peft_model_state_dict as set_peft_model_state_dict
     from deltatune.status import get_layer_status as get_layer_status
     from deltatune.status import get_model_status as get_model_status
+    from deltatune.stores.dense import dequantize_model as dequantize_model
+    from deltatune.stores.nf4_layer import quantize_model as quantize_model

@@ -145,6 +145,8 @@ class PeftConfig:
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     #: the adapted model equals the base before training
     starts_as_base: ClassVar[bool] = True
+    #: code of the method's page, for methods that are not attached by a configuration alone
+    usage: ClassVar[str] = ""
     #: in training, chance decides at every call which of its parameters take part
     draws: ClassVar[bool] = False
     #: the model's inputs or attention are changed, not its layers

@@ -567,8 +567,8 @@ def test_the_plan_counts_what_a_real_step_works_with(recipe, model_dir):
     memory = plan(recipe).memory
     model = attach(recipe, AutoModelForCausalLM.from_pretrained(model_dir))
     real = working_bytes(model, memory.rows, memory.length, 4, None)
-    # Fake tensors always get an attention mask; in a model this small it is a fifth of all.
-    assert real <= memory.working < 1.3 * real
+    # Fake tensors always get an attention mask, a fifth of all in a model this small, and the plain path.
+    assert real <= memory.working < 1.5 * real
     assert memory.base == sum(p.numel() * 4 for p in model.parameters() if not p.requires_grad)
     assert memory.adapter == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert memory.optimizer == 2 * memory.adapter

@@ -56,14 +56,16 @@ class BottleneckConfig(TargetedConfig):
             through the model, an encoder's first.
         non_linearity: f. scaling: s, or `"learned"` (one number), or `"channel"` (one per feature).
         original_ln_before: the adapter reads the residual sum (normed, where the model norms it) and not f.
-        is_parallel: the adapter reads the sub-layer's input. parallel_reads: `"sub-layer"`, what the sub-layer itself
+        is_parallel: the adapter reads the sub-layer's input.
+        parallel_reads: `"sub-layer"`, what the sub-layer itself
             reads, or `"residual"`, the same before a pre-norm block's norm (as the library `adapters` does).
         ln_before, ln_after: norms of the adapter's own around it. use_gating: times sigmoid(w·h + b), averaged over
             the tokens; `"token"` for each token its own, which a causal model needs.
         dropout: on the adapter's output. stochastic_depth: chance, in training, that a row goes without.
         init_weights: `"bert"`, `"houlsby"` or `"mam_adapter"` (the last two start as the base, the first nearly).
         inv_adapter: `"nice"` or `"glow"` puts MAD-X's invertible adapter behind the embeddings, its networks
-            `inv_adapter_reduction_factor` times smaller than half the width.
+            smaller than half the width.
+        inv_adapter_reduction_factor: by how much they are smaller.
         leave_out: numbers of layers without an adapter. train_layer_norms: the model's norms train too.
 
     Raises:

@@ -51,6 +51,17 @@ class FishMaskConfig(ChosenConfig):
     score: Literal["square", "absolute"] = "square"
 
     method: ClassVar[str] = "FISH_MASK"
+    usage: ClassVar[str] = """
+        import torch
+
+        from deltatune import FishMaskConfig, get_peft_model, prepare_init
+
+        ids = torch.arange(2, 34).view(4, 8)  # a few batches of your own data
+        batches = [{"input_ids": ids, "labels": ids}]
+        config = FishMaskConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        prepare_init(base, config, batches)
+        model = get_peft_model(base, config)
+    """
     summary: ClassVar[str] = "the entries with the largest Fisher information train"
     paper: ClassVar[str] = "arXiv 2111.09839"
 

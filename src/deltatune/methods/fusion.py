@@ -79,6 +79,16 @@ class FusionConfig(TargetedConfig):
     regularization: float = 0.01
 
     method: ClassVar[str] = "FUSION"
+    usage: ClassVar[str] = """
+        from deltatune import Fuse, FusionConfig, PfeifferConfig, get_peft_model
+
+        model = get_peft_model(base, PfeifferConfig(task_type="CAUSAL_LM"), adapter_name="a")
+        model.add_adapter("b", PfeifferConfig(task_type="CAUSAL_LM"))
+        # ... train each of them; then freeze both and train what mixes them:
+        model.set_requires_grad(["a", "b"], False)
+        model.add_adapter("a,b", FusionConfig(adapters=["a", "b"]))
+        model.set_adapter(Fuse("a", "b"))
+    """
     summary: ClassVar[str] = "attention over adapters that were trained apart"
     paper: ClassVar[str] = "arXiv 2005.00247"
     #: nothing without other adapters, so the laws of single methods do not apply

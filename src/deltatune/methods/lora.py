@@ -121,7 +121,8 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: a head tied to an adapted or copied embedding follows it.
         enable_lora: which parts of a fused projection (q, k, v) are adapted, each with factors of its own; a list,
             or module name -> list (loralib's MergedLinear).
-        use_qalora: one column of A per `qalora_group_size` inputs, so that a merge fits group-wise zero-points.
+        use_qalora: one column of A per group of inputs, so that a merge fits group-wise zero-points.
+        qalora_group_size: inputs in a group.
         megatron_core: kept as files have it; what it belongs to is refused.
         rank_pattern, alpha_pattern: path, path ending or regular expression -> r, alpha.
 

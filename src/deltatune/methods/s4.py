@@ -123,6 +123,14 @@ class S4Config(TargetedConfig):
     _stacks: list[Stack] = field(default_factory=list, init=False, repr=False, compare=False)
 
     method: ClassVar[str] = "S4"
+    usage: ClassVar[str] = """
+        from deltatune import S4Config, get_peft_model
+
+        layers = base.config.num_hidden_layers  # from 4 layers on, groups may be left out
+        methods = [["adapter", "lora"], ["lora", "bitfit"]]
+        config = S4Config(task_type="CAUSAL_LM", groups=[layers - 1, 1], methods=methods)
+        model = get_peft_model(base, config)
+    """
     summary: ClassVar[str] = "adapters, LoRA, prefixes and biases, by groups of layers with equal budgets"
     paper: ClassVar[str] = "arXiv 2301.01821"
     starts_as_base: ClassVar[bool] = False

@@ -87,6 +87,17 @@ class SparseAdapterConfig(BottleneckConfig):
     prepared: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False, compare=False)
 
     method: ClassVar[str] = "SPARSE_ADAPTER"
+    usage: ClassVar[str] = """
+        import torch
+
+        from deltatune import SparseAdapterConfig, get_peft_model, prepare_init
+
+        ids = torch.arange(2, 34).view(4, 8)  # a few batches of your own data
+        batches = [{"input_ids": ids, "labels": ids}]
+        config = SparseAdapterConfig(task_type="CAUSAL_LM", reduction_factor=16)
+        prepare_init(base, config, batches)
+        model = get_peft_model(base, config)
+    """
     summary: ClassVar[str] = "bottleneck adapters, pruned before they train"
     paper: ClassVar[str] = "arXiv 2210.04284"
     variants: ClassVar[dict[str, dict[str, Any]]] = {"synflow": {"score": "synflow"}}

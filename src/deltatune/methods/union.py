@@ -37,6 +37,12 @@ class UnionConfig(TargetedConfig):
     configs: list[Any] = field(default_factory=list)
 
     method: ClassVar[str] = "UNION"
+    usage: ClassVar[str] = """
+        from deltatune import BitFitConfig, LoraConfig, UnionConfig, get_peft_model
+
+        config = UnionConfig(configs=[LoraConfig(target_modules=["q_proj", "v_proj"]), BitFitConfig()])
+        model = get_peft_model(base, config)
+    """
     summary: ClassVar[str] = "several methods as one adapter"
     starts_as_base: ClassVar[bool] = False
 
