@@ -33,7 +33,7 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: $(VENV)/.dev ## the table against peft, about 5 minutes on two quiet cores
+bench: $(VENV)/.dev ## the table against peft, for a quiet machine
 	$(BIN)/python benchmarks/run.py
 
 docs: $(VENV)/.docs ## build the documentation into site/
