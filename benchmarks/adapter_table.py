@@ -23,6 +23,8 @@ ENTRIES: dict[str, Entry] = {
     "SparseAdapter, snip 40 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.4}),
     "SparseAdapter, large 10 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.1, "reduction_factor": 4}),
     "S4": Entry("S4Config", 2e-3),
+    "MAM": Entry("MAMConfig", 2e-3, {"num_virtual_tokens": 10, "encoder_hidden_size": 128, "reduction_factor": 16}),
+    "UniPELT": Entry("UniPELTConfig", 2e-3, {"encoder_hidden_size": 128}),
 }
 
 if __name__ == "__main__":
