@@ -1,9 +1,9 @@
 """AdapterFusion of three adapters trained on three real tasks, against their average, on MiniLM.
 
 Stage one trains a Pfeiffer adapter and a head on each of three tasks: bank questions (ten intents), assistant requests
-(the banking domain of CLINC150 or any other set of texts and labels), and spam. Stage two takes few rows of the first
-task: the three adapters are frozen, and a new head trains with (a) the average of the adapters, (b) their fusion, (c) the
-first task's adapter alone, (d) no adapter.
+(the first thirty intents of CLINC150) and spam. Stage two takes few rows of the first task: the three adapters are
+frozen, and a new head trains with (a) the average of the adapters, (b) their fusion, (c) the first task's adapter alone,
+(d) no adapter.
 
     python benchmarks/fusion.py --bank ../shared/data/banking10 --requests ../shared/data/clinc150_small
 """
@@ -102,7 +102,9 @@ def main() -> None:
             model = head(get_peft_model(minilm(AutoModelForSequenceClassification, labels)(), PfeifferConfig()))
             train(model, steps_of(rows, collate, args.steps, 16), 2e-3)
             model.save_pretrained(f"{folder}/{name}")
-            print(f"{name}: {len(rows)} rows, accuracy on them {accuracy(model, [collate(rows[:200])]):.3f}", flush=True)
+            print(
+                f"{name}: {len(rows)} rows, accuracy on them {accuracy(model, [collate(rows[:200])]):.3f}", flush=True
+            )
         test = rows_of(args.bank, "test", 10)
         held_out = [collate(test[k : k + 50]) for k in range(0, len(test), 50)]
         results: dict[str, list[float]] = {"average": [], "fusion": [], "own adapter": [], "no adapter": []}
