@@ -2,7 +2,7 @@
 
 Stage one trains a Pfeiffer adapter and a head on each of three tasks: bank questions (ten intents), assistant requests
 (the first thirty intents of CLINC150) and spam. Stage two takes few rows of the first task: the three adapters are
-frozen, and a new head trains with (a) the average of the adapters, (b) their fusion, (c) the first task's adapter alone,
+frozen, and a new head trains with (a) the average of the adapters, (b) their fusion, (c) the task's own adapter alone,
 (d) no adapter.
 
     python benchmarks/fusion.py --bank ../shared/data/banking10 --requests ../shared/data/clinc150_small
