@@ -253,6 +253,25 @@ def test_embeddings_may_be_given_in_place_of_tokens():
         model.get_base_model().model(input_ids=ids(), inputs_embeds=x)
 
 
+def test_packed_rows_see_a_prefix_and_are_refused_with_a_prompt():
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    tokens = ids(1, 7)
+    model = adapted(llama, "prefix", scale=1.0)
+    together = model(input_ids=tokens, position_ids=packed, use_cache=False).logits
+    assert torch.allclose(together[:, :4], model(input_ids=tokens[:, :4]).logits, atol=1e-5)
+    assert torch.allclose(together[:, 4:], model(input_ids=tokens[:, 4:]).logits, atol=1e-5)
+    model = adapted(llama, "prompt")
+    with pytest.raises(ValueError, match="packed sequences"):
+        model(input_ids=tokens, position_ids=packed, use_cache=False)
+    rising = torch.arange(7)[None]
+    assert torch.equal(model(input_ids=tokens, position_ids=rising).logits, model(input_ids=tokens).logits)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])  # padding's positions may be anything
+    padded_positions = torch.tensor([[1, 1, 0, 1, 2, 3, 4]])
+    wanted = model(input_ids=tokens[:, 2:]).logits
+    given = model(input_ids=tokens, attention_mask=mask, position_ids=padded_positions).logits[:, 2:]
+    assert torch.allclose(given, wanted, atol=1e-5)
+
+
 # ---------------------------------------------------------------------- together
 def company(make=llama, **lengths):
     """A model with a prompt, a longer prompt, a prefix, a longer prefix and a LoRA."""

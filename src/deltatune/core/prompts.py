@@ -169,6 +169,7 @@ def run(host: Any, base: Callable[..., Any], groups: Groups, args: Args, kwargs:
     past, n = cached(call), tokens.shape[1]
     check_positions(groups, past + n + (layout.longest if not past else 0))
     if past == 0:
+        check_packing(groups, layout, call)
         call = put_prompts(host, groups, layout, call)
     wide = widen_inputs(host, groups, layout, call, past, n)
     width = n + (layout.longest if past == 0 else 0)
@@ -217,6 +218,23 @@ def check_places(host: Any, groups: Groups) -> None:
         raise ConfigError(
             f"{type(host).__name__} takes no position_ids, so one batch cannot hold prompts of different length in it; "
             "give its adapters the same num_virtual_tokens, or run them in batches of their own"
+        )
+
+
+def check_packing(groups: Groups, layout: Layout, call: Kwargs) -> None:
+    """Refuses rows of several sequences, of which only the first would have the prompt.
+
+    Positions that start again mean that where no mask is given, as transformers reads them; padding's do not count.
+    """
+    given = call.get("position_ids")
+    if not layout.longest or given is None or given.ndim != 2 or call.get("attention_mask") is not None:
+        return
+    if torch.compiler.is_compiling() or not any(e.causal for _, edits in groups for e in edits):
+        return  # a compiled call cannot look at numbers
+    if bool((given[:, 1:] < given[:, :-1]).any()):
+        raise ConfigError(
+            "position_ids start again inside a row (packed sequences), and a prompt would stand before the first "
+            "sequence only; turn packing off, or use a prefix, which every sequence sees"
         )
 
 
