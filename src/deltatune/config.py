@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deltatune.core.adapters import AdapterSet
     from deltatune.core.bank import Bank
     from deltatune.core.edits import Edit
+    from deltatune.core.named import Named
     from deltatune.core.sites import Site
     from deltatune.core.weights import WeightRef
     from deltatune.schedules.base import Procedure
@@ -351,6 +352,45 @@ class TargetedConfig(PeftConfig):
     def build_module(self, module: nn.Module, site: Site) -> Edit | Sequence[Edit]:
         """The edits of a whole module, for sites without a parameter."""
         raise NotImplementedError
+
+
+@dataclass
+class StructuredConfig(TargetedConfig):
+    """A method that finds its places in a model's structure.
+
+    Args:
+        roles: names for what the structure does not show, as `{"blocks": r"net\\.stage_\\d+", "attention": ["mixer"]}`;
+            values are patterns as in `target_modules`, and an empty list says that there is no such part. They describe
+            the model and not the method, so one table serves all methods. The roles are those of `core/named.py`.
+    """
+
+    roles: dict[str, Any] = field(default_factory=dict)
+
+    ours: ClassVar[tuple[str, ...]] = ("roles",)
+    #: `roles` still says something where `target_modules` is given
+    names_targets_too: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.roles = {k: sorted(v) if isinstance(v, (set, tuple)) else v for k, v in (self.roles or {}).items()}
+
+    def written(self, model: nn.Module) -> dict[str, Any]:
+        values = super().written(model)
+        if values["target_modules"] is not None and not self.names_targets_too:
+            values["roles"] = {}  # what they named is among the targets
+        return values
+
+    def named(self, model: nn.Module) -> Named:
+        """The modules that `roles` name in a model.
+
+        Raises:
+            ConfigError: an unknown role. TargetError: a pattern that matches nothing.
+        """
+        from deltatune.core.named import Named
+
+        if self.roles and self.target_modules is not None and not self.names_targets_too:
+            raise ConfigError("target_modules names the places itself, so roles means nothing beside it; choose one")
+        return Named.of(model, self.roles)
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

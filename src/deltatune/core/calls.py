@@ -7,6 +7,7 @@ branch that this module takes is walked; where a condition depends on the call, 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -34,19 +35,31 @@ def _source(function: Any) -> ast.AST | None:
         return None
 
 
+class _Returned(Exception):  # noqa: N818  (it is no error)
+    """The rest of a function does not run."""
+
+
 class _Calls(ast.NodeVisitor):
     """Walks the source of a module's forward in the order of evaluation."""
 
     def __init__(self, module: nn.Module, path: str, stops: set[str], depth: int = 0) -> None:
         self.module, self.path, self.stops, self.depth = module, path, stops, depth
         self.found: list[str] = []
+        #: more than 0 where it depends on the call whether this part runs
+        self.unsure = 0
 
     def function(self, function: Any) -> None:
         tree = _source(function)
-        if tree is not None and self.depth < 12:
-            self.depth += 1
-            self.generic_visit(tree)
-            self.depth -= 1
+        if tree is None or self.depth >= 12:
+            return
+        outside, self.unsure = self.unsure, 0
+        self.depth += 1
+        whole = tree.body[0] if isinstance(tree, ast.Module) else tree
+        with contextlib.suppress(_Returned):
+            for part in whole.body if isinstance(whole, ast.FunctionDef) else [whole]:
+                self.visit(part)
+        self.depth -= 1
+        self.unsure = outside
 
     def enter(self, path: str, module: nn.Module) -> None:
         full = f"{self.path}.{path}"
@@ -110,6 +123,17 @@ class _Calls(ast.NodeVisitor):
         if isinstance(node.op, ast.Add) and not _is_plain(node.value):
             self.found.append(SUM)
 
+    def visit_Return(self, node: ast.Return) -> None:
+        self.generic_visit(node)
+        if not self.unsure:
+            raise _Returned
+
+    def generic_visit(self, node: ast.AST) -> None:
+        maybe = isinstance(node, (ast.For, ast.While, ast.Try, ast.FunctionDef, ast.Lambda))
+        self.unsure += maybe
+        super().generic_visit(node)
+        self.unsure -= maybe
+
     def visit_If(self, node: ast.If) -> None:
         self._branches(node.test, node.body, node.orelse)
 
@@ -120,10 +144,12 @@ class _Calls(ast.NodeVisitor):
         known = self._flag(test)
         if known is None:
             self.visit(test)
+        self.unsure += known is None
         for body, when in ((yes, True), (no, False)):
             if known in (None, when):
                 for part in body:
                     self.visit(part)
+        self.unsure -= known is None
 
     def _flag(self, test: ast.expr) -> bool | None:
         """The value of a condition that is made of the module's own attributes; None if it is not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -368,13 +368,16 @@ def is_norm(module: nn.Module) -> bool:
     return named and bool(own) and not inner and all(p.ndim == 1 for p in own)
 
 
-def norm_sites(model: nn.Module) -> list[Site]:
-    """Every gain and bias of the model's normalisation layers."""
-    norms = [(path, module) for path, module in base_modules(model) if is_norm(module)]
+def norm_sites(model: nn.Module, chosen: Callable[[str, nn.Module], bool] | None = None) -> list[Site]:
+    """Every gain and bias of the model's normalisation layers.
+
+    Args:
+        chosen: whether the module at a path is one, where its class does not say so.
+    """
+    norms = [(p, m) for p, m in base_modules(model) if (is_norm(m) if chosen is None else chosen(p, m))]
     names = short_names(model, [path for path, _ in norms])
-    return [
-        Site(path, leaf, pattern=names[path]) for path, m in norms for leaf, p in m._parameters.items() if p is not None
-    ]
+    vectors = [(path, leaf, p) for path, m in norms for leaf, p in m._parameters.items()]
+    return [Site(path, leaf, pattern=names[path]) for path, leaf, p in vectors if p is not None and p.ndim == 1]
 
 
 def short_names(model: nn.Module, paths: Sequence[str]) -> dict[str, str]:

@@ -17,12 +17,19 @@ from torch import nn
 
 from deltatune.core import structure
 from deltatune.core.calls import SUM, calls
+from deltatune.core.named import UNNAMED, Named, missing
 from deltatune.core.roles import role_of
 from deltatune.core.sites import base_modules, is_linear, is_multihead, is_norm
-from deltatune.core.structure import Block, find_blocks, is_attention
+from deltatune.core.structure import Block, attention_parts, find_blocks
 from deltatune.errors import TargetError
 
 ATTENTION, CROSS, FEEDFORWARD = "attention", "cross", "feedforward"
+#: kind of sub-layer -> the role of the norm behind it
+NORMS = {
+    ATTENTION: "norm_after_attention",
+    CROSS: "norm_after_cross_attention",
+    FEEDFORWARD: "norm_after_feedforward",
+}
 
 
 @dataclass(frozen=True)
@@ -48,46 +55,122 @@ class SubLayer:
     residual: str = ""
 
 
-def find_sublayers(model: nn.Module) -> list[SubLayer]:
+def find_sublayers(model: nn.Module, named: Named = UNNAMED) -> list[SubLayer]:
     """Every attention and feed-forward sub-layer, block by block, in the order of the call.
 
     Raises:
         TargetError: the model has no blocks, or a block's part is not found; says which.
     """
-    return [sub for block in find_blocks(model) for sub in _of_block(model, block)]
+    return [sub for block in find_blocks(model, named) for sub in _Parts(model, block, named).all()]
 
 
-def _of_block(model: nn.Module, block: Block) -> list[SubLayer]:
-    modules = dict(structure.below(model, block.path))
-    size = structure.width(model, block)
-    if size is None:
-        raise _missing(model, block, "norm")
-    found = []
-    for path in _attentions(modules, block):
-        kind = CROSS if _is_cross(path.removeprefix(f"{block.path}.")) else ATTENTION
-        out = _attention_output(modules, path)
-        if out is None:
-            raise _missing(model, block, "output projection of attention")
-        norm = _norm_after(modules, block, out)
-        before = path if norm is not None else _norm_before(modules, block, out) or path
-        found.append(SubLayer(kind, block, _with_dropout(modules, out), path, norm, size, before))
-    out, reads = _feedforward(model, modules, block)
-    norm = _norm_after(modules, block, out)
-    before = reads if norm is not None else _norm_before(modules, block, out) or reads
-    return [*found, SubLayer(FEEDFORWARD, block, _with_dropout(modules, out), reads, norm, size, before)]
+class _Parts:
+    """The sub-layers of one block."""
 
+    def __init__(self, model: nn.Module, block: Block, named: Named) -> None:
+        self.model, self.block, self.named = model, block, named
+        self.modules = dict(structure.below(model, block.path))
+        self.attentions = attention_parts(model, block, named)
+        self.norms = {p for p, m in self.modules.items() if named.is_norm(p, m)}
+        if not self.norms and "norm" not in named:  # without, a sum that is normed looks like one that is not
+            raise missing(model, "norm", block.path)
 
-def _missing(model: nn.Module, block: Block, role: str) -> TargetError:
-    return TargetError(
-        f"no {role} is found in {block.path!r} of this {type(model).__name__}; name the modules whose output the "
-        "adapter changes in target_modules"
-    )
+    def all(self) -> list[SubLayer]:
+        return [*(self.attention(p) for p in self.attentions), self.feedforward()]
 
+    def part(self, kind: str, output: str, reads: str) -> SubLayer:
+        norm = self._norm_after(output)
+        if NORMS[kind] in self.named:
+            norm = next(iter(self.named.inside(NORMS[kind], self.block.path)), None)
+        before = reads if norm is not None else self._norm_before(output) or reads
+        size = structure.width(self.model, self.block, self.named) or output_size(self.modules[output], output)
+        return SubLayer(kind, self.block, self._with_dropout(output), reads, norm, size, before)
 
-def _attentions(modules: dict[str, nn.Module], block: Block) -> list[str]:
-    """The attention parts of a block, outermost only."""
-    every = [p for p, m in modules.items() if p != block.path and (is_attention(m) or is_multihead(m))]
-    return [p for p in every if not any(p.startswith(f"{q}.") for q in every)]
+    # ------------------------------------------------------------------ attention
+    def attention(self, path: str) -> SubLayer:
+        inner = path.removeprefix(f"{self.block.path}.")
+        cross = _is_cross(inner) if "attention" not in self.named else path in self.named.inside("cross_attention", "")
+        outputs = self.named.inside("attention_output", path) or self._attention_outputs(path)
+        if not outputs:
+            raise missing(self.model, "attention_output", path)
+        return self.part(CROSS if cross else ATTENTION, outputs[-1], path)
+
+    def _attention_outputs(self, path: str) -> list[str]:
+        """The linear layers of an attention that are no query, key or value, in the order of calls if known."""
+        modules = self.modules
+        if is_multihead(modules[path]):  # it reads its output layer's weight and never calls the layer
+            return [path]
+        inside = [p for p, m in modules.items() if f"{p}.".startswith(f"{path}.") and (is_linear(m) or is_multihead(m))]
+        others = {p for role in ("query", "key", "value") for p in self.named.inside(role, path)}
+        leaves = {p: p.rpartition(".")[2] for p in inside}
+        ends = [p for p in inside if role_of(leaves[p]) is None and not leaves[p].startswith("pos") and p not in others]
+        if "attention" not in self.named:
+            return ends
+        order = calls(modules[path], path, set(ends))
+        return [p for p in order if p in ends] or ends
+
+    # ------------------------------------------------------------------ feed-forward
+    def feedforward(self) -> SubLayer:
+        named, path = self.named, self.block.path
+        whole, end = named.inside("feedforward", path), named.inside("feedforward_output", path)
+        if not whole and not end:
+            return self.part(FEEDFORWARD, *self._feedforward())
+        ends = end or [p for p in structure.feedforward_outputs(self.model, self.block, named) if p in self.modules]
+        reads = whole[0] if whole else structure.feedforward(self.model, self.block, named)[0]
+        return self.part(FEEDFORWARD, ends[0] if len(ends) == 1 else reads, reads)
+
+    def _feedforward(self) -> tuple[str, str]:
+        """(the end, the start) of the feed-forward part; experts count as one module."""
+        model, modules, block = self.model, self.modules, self.block
+        layers = structure.feedforward(model, block, self.named)
+        ends = [p for p in structure.feedforward_outputs(model, block, self.named) if is_linear(modules[p])]
+        experts = structure.fused_experts(model, block)
+        if layers and len(ends) == 1 and not experts:
+            first = layers[0]
+            parent = first.rpartition(".")[0]
+            # a module that holds the whole part, and nothing else, reads what the part reads
+            whole = ends[0].startswith(f"{parent}.") and parent != block.path
+            whole = whole and not any(p.startswith(f"{parent}.") for p in self.norms)
+            return ends[0], parent if whole else first
+        inner = experts or ends
+        if not inner:
+            raise missing(model, "feedforward", block.path)
+        child = inner[0].removeprefix(f"{block.path}.").partition(".")[0]
+        return f"{block.path}.{child}", f"{block.path}.{child}"
+
+    # ------------------------------------------------------------------ what stands around
+    def _with_dropout(self, path: str) -> str:
+        """The dropout behind a layer, where both stand beside a norm and so in one small module."""
+        parent = path.rpartition(".")[0]
+        beside = {p: m for p, m in self.modules.items() if p.rpartition(".")[0] == parent}
+        drops = [p for p, m in beside.items() if "dropout" in type(m).__name__.lower()]
+        if len(drops) == 1 and len(beside) == 3 and any(p in self.norms for p in beside):
+            return drops[0]
+        return path
+
+    def _order(self, out: str) -> list[str]:
+        return calls(self.modules[self.block.path], self.block.path, {*self.norms, out})
+
+    def _norm_after(self, out: str) -> str | None:
+        """The norm called on the sum of a part's output and what came in; None where norms stand before the parts.
+
+        A block of the former kind ends with a norm; one whose norms are before its parts, or on their outputs alone
+        (OLMo 2), ends with a sum.
+        """
+        order = self._order(out)
+        if out not in order or next((e for e in reversed(order) if e in self.norms or e == SUM), SUM) == SUM:
+            return None
+        return next((e for e in order[order.index(out) + 1 :] if e in self.norms), None)
+
+    def _norm_before(self, out: str) -> str | None:
+        """The norm whose output a sub-layer reads, in a pre-norm block."""
+        order = self._order(out)
+        for event in reversed(order[: order.index(out)] if out in order else []):
+            if event == SUM:
+                return None
+            if event in self.norms:
+                return event
+        return None
 
 
 def _is_cross(path: str) -> bool:
@@ -96,76 +179,11 @@ def _is_cross(path: str) -> bool:
     return any(word in low for word in ("cross", "encoderattn", "encdec")) or low == "layer.1"
 
 
-def _attention_output(modules: dict[str, nn.Module], path: str) -> str | None:
-    """The last linear layer of an attention that is no query, key or value."""
-    if is_multihead(modules[path]):  # it reads its output layer's weight and never calls the layer
-        return path
-    inside = [p for p, m in modules.items() if f"{p}.".startswith(f"{path}.") and (is_linear(m) or is_multihead(m))]
-    ends = [p for p in inside if role_of(p.rpartition(".")[2]) is None and not p.rpartition(".")[2].startswith("pos")]
-    return ends[-1] if ends else None
-
-
-def _feedforward(model: nn.Module, modules: dict[str, nn.Module], block: Block) -> tuple[str, str]:
-    """(the end, the start) of the feed-forward part; experts count as one module."""
-    layers = structure.feedforward(model, block)
-    ends = [p for p in structure.feedforward_outputs(model, block) if is_linear(modules[p])] if layers else []
-    experts = structure.fused_experts(model, block)
-    if len(ends) == 1 and not experts:
-        first = layers[0]
-        parent = first.rpartition(".")[0]
-        # a module that holds the whole part, and nothing else, reads what the part reads
-        whole = ends[0].startswith(f"{parent}.") and parent != block.path and _norms_in(modules, parent) == []
-        return ends[0], parent if whole else first
-    inner = experts or ends
-    if not inner:
-        raise _missing(model, block, "feed-forward part")
-    child = inner[0].removeprefix(f"{block.path}.").partition(".")[0]
-    return f"{block.path}.{child}", f"{block.path}.{child}"
-
-
-def _norms_in(modules: dict[str, nn.Module], path: str) -> list[str]:
-    return [p for p, m in modules.items() if p.startswith(f"{path}.") and is_norm(m)]
-
-
-def _with_dropout(modules: dict[str, nn.Module], path: str) -> str:
-    """The dropout behind a layer, where both stand beside a norm and so in one small module."""
-    parent = path.rpartition(".")[0]
-    beside = {p: m for p, m in modules.items() if p.rpartition(".")[0] == parent}
-    drops = [p for p, m in beside.items() if "dropout" in type(m).__name__.lower()]
-    if len(drops) == 1 and len(beside) == 3 and any(is_norm(m) for m in beside.values()):
-        return drops[0]
-    return path
-
-
-def _norm_after(modules: dict[str, nn.Module], block: Block, out: str) -> str | None:
-    """The norm called on the sum of a part's output and what came in; None where norms stand before the parts.
-
-    A block of the former kind ends with a norm; one whose norms are before its parts, or on their outputs alone
-    (OLMo 2), ends with a sum.
-    """
-    norms = {p for p, m in modules.items() if is_norm(m)}
-    order = calls(modules[block.path], block.path, {*norms, out})
-    if out not in order or next((e for e in reversed(order) if e in norms or e == SUM), SUM) == SUM:
-        return None
-    return next((e for e in order[order.index(out) + 1 :] if e in norms), None)
-
-
-def _norm_before(modules: dict[str, nn.Module], block: Block, out: str) -> str | None:
-    """The norm whose output a sub-layer reads, in a pre-norm block."""
-    norms = {p for p, m in modules.items() if is_norm(m)}
-    order = calls(modules[block.path], block.path, {*norms, out})
-    for event in reversed(order[: order.index(out)] if out in order else []):
-        if event == SUM:
-            return None
-        if event in norms:
-            return event
-    return None
-
-
 def named_outputs(model: nn.Module, paths: Sequence[str]) -> list[SubLayer]:
     """Modules that the user named, as sub-layers that end with them."""
     modules = dict(base_modules(model))
-    return [SubLayer(FEEDFORWARD, Block(p, i, ""), p, p, None, output_size(modules[p], p)) for i, p in enumerate(paths)]
+    sizes = [output_size(modules[p], p) for p in paths]
+    return [SubLayer(FEEDFORWARD, Block(p, i, None), p, p, None, sizes[i]) for i, p in enumerate(paths)]
 
 
 def output_size(module: nn.Module, path: str) -> int:

@@ -7,8 +7,8 @@
     parallel (arXiv 2110.04366)  f' = f + s · Ad(x_in), beside FFN, on FFN's own input; s = 4
 
 with f a sub-layer's output and x what the block adds it to. None of them merges, since U and D are not one linear map.
-The places are found from the model's structure (`core/sublayers.py`); `target_modules` names others, whose output the
-adapter reads and changes.
+The places are found from the model's structure (`core/sublayers.py`) and from `roles`; `target_modules` names others,
+whose output the adapter reads and changes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltatune.config import TargetedConfig, register
+from deltatune.config import StructuredConfig, register
 from deltatune.core.edits import Edit
 from deltatune.core.ops import find_op
 from deltatune.core.sites import Site, base_modules, excluded, is_multihead, norm_sites, select
@@ -46,7 +46,7 @@ OUTPUT, SUM, BLOCK, WHOLE, READER = "output", "norm", "block", "sub-layer", "rea
 
 @register
 @dataclass
-class BottleneckConfig(TargetedConfig):
+class BottleneckConfig(StructuredConfig):
     """Every bottleneck adapter; the named ones are this with other defaults. Names as in the library `adapters`.
 
     Args:
@@ -145,12 +145,13 @@ class BottleneckConfig(TargetedConfig):
     def _sublayers(self, model: nn.Module) -> list[tuple[int, SubLayer]]:
         """(number of the layer, sub-layer) of every adapter."""
         paths = [p for p, _ in base_modules(model) if p]
+        named = self.named(model)
         if self.target_modules is not None:
             hits = select(self.target_modules, paths, "target_modules")
             chosen = named_outputs(model, list(dict.fromkeys(p for found in hits.values() for p in found)))
             drop = excluded(self, paths)
             return [(i, s) for i, s in enumerate(chosen) if s.output not in drop]
-        subs = find_sublayers(model)
+        subs = find_sublayers(model, named)
         numbers = {path: i for i, path in enumerate(dict.fromkeys(s.block.path for s in subs))}
         absent = [i for i in self.leave_out if i not in range(len(numbers))]
         if absent:
@@ -183,7 +184,7 @@ class BottleneckConfig(TargetedConfig):
                 return READER, sub.output, sub.kind
             whole = sub.output == sub.reads or sub.output.startswith(f"{sub.reads}.")
             return (WHOLE, sub.reads, sub.kind) if whole else (READER, sub.output, sub.kind)
-        if not self.original_ln_before or not sub.block.stack:
+        if not self.original_ln_before or sub.block.stack is None:
             return OUTPUT, sub.output, sub.kind
         if sub.norm is not None:
             return SUM, sub.norm, sub.kind
@@ -203,7 +204,10 @@ class BottleneckConfig(TargetedConfig):
         if taken:
             raise ConfigError("train_layer_norms and original_ln_before both take the norm behind the sum; choose one")
         # a pattern that is no module's name stays out of a file's target_modules
-        return [replace(site, pattern="layer norms") for site in norm_sites(model)]
+        return [replace(site, pattern="layer norms") for site in norm_sites(model, self.named(model).is_norm)]
+
+    def written(self, model: nn.Module) -> dict[str, Any]:
+        return {}  # sub-layers are found in the structure, here as there
 
     # ------------------------------------------------------------------ making
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
@@ -265,7 +269,7 @@ class BottleneckConfig(TargetedConfig):
 
 def reads_size(module: nn.Module, sub: SubLayer) -> int:
     """Features of a whole sub-layer's input: the block's width, but for a single layer its own."""
-    if sub.block.stack or is_multihead(module):
+    if sub.block.stack is not None or is_multihead(module):
         return sub.size
     size = getattr(module, "in_features", None)
     if size is None and hasattr(module, "nf"):  # GPT-2's transposed layer

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltatune.config import TargetedConfig, register
+from deltatune.config import StructuredConfig, register
 from deltatune.core.edits import Delta, Edit
 from deltatune.core.ops import VectorOp
 from deltatune.core.sites import Site, bias_sites, check_patterns, pattern_value
@@ -66,7 +66,7 @@ class BiasRows(Delta):
 
 @register
 @dataclass
-class FarConfig(TargetedConfig):
+class FarConfig(StructuredConfig):
     """FAR's configuration.
 
     Args:
@@ -88,8 +88,9 @@ class FarConfig(TargetedConfig):
     variants: ClassVar[dict[str, dict[str, Any]]] = {"learners": {"learners": {"layer|out_proj": [5, 0, 2]}}}
 
     def sites(self, model: nn.Module) -> list[Site]:
+        named = self.named(model)
         if self.target_modules is None:
-            paths = [path for block in find_blocks(model) for path in feedforward(model, block)]
+            paths = [path for block in find_blocks(model, named) for path in feedforward(model, block, named)]
             if not paths:
                 raise TargetError(
                     f"the blocks of this {type(model).__name__} have no linear feed-forward layer (fused experts "

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.config import TargetedConfig, register
+from deltatune.config import StructuredConfig, register
 from deltatune.core.adapters import AdapterSet
 from deltatune.core.edits import Delta, Edit, Slot
+from deltatune.core.named import Named
 from deltatune.core.ops import ConvOp
 from deltatune.core.sites import Site, parameter_sites, select, short_names
 from deltatune.core.structure import attention_layers, chosen_sites, feedforward_outputs, find_blocks, fused_experts
@@ -110,7 +111,7 @@ def _start(ref: WeightRef, n: int, shape: tuple[int, int], ones: bool) -> Tensor
 
 @register
 @dataclass
-class IA3Config(TargetedConfig):
+class IA3Config(StructuredConfig):
     """IA³'s configuration, with peft's field names and defaults.
 
     Args:
@@ -136,7 +137,7 @@ class IA3Config(TargetedConfig):
 
     method: ClassVar[str] = "IA3"
     summary: ClassVar[str] = "gains on keys, values and the feed-forward's hidden units"
-    ours: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern", "target_parameters")
+    ours: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern", "target_parameters", "roles")
     paper: ClassVar[str] = "arXiv 2205.05638"
     variants: ClassVar[dict[str, dict[str, Any]]] = {"feedforward": {"feedforward_modules": ["layer"]}}
 
@@ -148,8 +149,9 @@ class IA3Config(TargetedConfig):
             raise ConfigError("feedforward_modules names some of target_modules, so target_modules must be given too")
 
     def sites(self, model: nn.Module) -> list[Site]:
+        named = self.named(model)
         if self.target_modules is None:
-            sites, inputs, parameters = self._found(model)
+            sites, inputs, parameters = self._found(model, named)
         else:
             sites, parameters = super().sites(model), self.target_parameters or []
             wanted = self.feedforward_modules or []
@@ -159,11 +161,11 @@ class IA3Config(TargetedConfig):
         self.inputs = {s.key for s in sites if s.name in inputs} | {s.key for s in experts}
         return sites + experts
 
-    def _found(self, model: nn.Module) -> tuple[list[Site], set[str], list[str]]:
+    def _found(self, model: nn.Module, named: Named) -> tuple[list[Site], set[str], list[str]]:
         """(sites, paths of those whose input is scaled, fused experts) of the structure."""
-        blocks = find_blocks(model)
-        outputs = [path for block in blocks for path in feedforward_outputs(model, block)]
-        sites = chosen_sites(model, self, [*attention_layers(model, ("k", "v")), *outputs])
+        blocks = find_blocks(model, named)
+        outputs = [path for block in blocks for path in feedforward_outputs(model, block, named)]
+        sites = chosen_sites(model, self, [*attention_layers(model, ("k", "v"), named), *outputs])
         fused = self.target_parameters
         if fused is None:
             fused = [name for block in blocks for name in fused_experts(model, block)]
@@ -172,7 +174,7 @@ class IA3Config(TargetedConfig):
     def written(self, model: nn.Module) -> dict[str, Any]:
         values = super().written(model)
         if self.target_modules is None:
-            sites, inputs, parameters = self._found(model)
+            sites, inputs, parameters = self._found(model, self.named(model))
             names = [s.name for s in sites if s.name in inputs]
             values["feedforward_modules"] = set(short_names(model, names).values())
             values["target_parameters"] = parameters or None

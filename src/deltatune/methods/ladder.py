@@ -99,7 +99,7 @@ class Side(nn.Module):
             nn.init.zeros_(self.up.bias)
         blocks = find_blocks(self.net)
         for block in blocks:
-            parent = self.net.get_submodule(block.stack)
+            parent = self.net.get_submodule(block.path.rpartition(".")[0])
             rung = Rung(self.net.get_submodule(block.path), d, small, config.temperature)
             parent._modules[block.path.rpartition(".")[2]] = rung
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from deltatune.config import TargetedConfig, register
+from deltatune.config import StructuredConfig, register
 from deltatune.core.edits import Delta, Edit
 from deltatune.core.sites import Site, norm_sites, vector_sites
 from deltatune.core.weights import WeightRef
@@ -32,7 +32,7 @@ class NormValue(Delta):
 
 @register
 @dataclass
-class LNTuningConfig(TargetedConfig):
+class LNTuningConfig(StructuredConfig):
     """LN tuning's configuration, with peft's field names.
 
     Args:
@@ -41,11 +41,12 @@ class LNTuningConfig(TargetedConfig):
 
     method: ClassVar[str] = "LN_TUNING"
     summary: ClassVar[str] = "gains and biases of normalisation layers only"
-    ours: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern")
+    ours: ClassVar[tuple[str, ...]] = ("layers_to_transform", "layers_pattern", "roles")
+    names_targets_too: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2312.11420"
 
     def sites(self, model: nn.Module) -> list[Site]:
-        return vector_sites(model, self, norm_sites(model), "normalisation gain")
+        return vector_sites(model, self, norm_sites(model, self.named(model).is_norm), "normalisation gain")
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
         return NormValue(ref)

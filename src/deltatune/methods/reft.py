@@ -22,13 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.config import TargetedConfig, TaskType, register
+from deltatune.config import StructuredConfig, TaskType, register
 from deltatune.core.bank import Bank
 from deltatune.core.edits import Args, Edit, Kwargs, Witness
+from deltatune.core.named import Named
 from deltatune.core.ops import ConvOp, find_op
 from deltatune.core.prompts import bind, cached, find_stacks
 from deltatune.core.sites import Site, base_modules, excluded, in_layers, is_multihead, is_norm, select
 from deltatune.core.structure import find_blocks, out_in, width_of
+from deltatune.core.sublayers import output_size
 from deltatune.errors import ConfigError
 from deltatune.methods._fields import check_probability, check_ranks
 
@@ -184,7 +186,7 @@ def orthonormal(r: Tensor) -> Tensor:
 
 
 @dataclass
-class ReftConfig(TargetedConfig):
+class ReftConfig(StructuredConfig):
     """What LoReFT and DiReFT share.
 
     Args:
@@ -227,8 +229,9 @@ class ReftConfig(TargetedConfig):
 
     def sites(self, model: nn.Module) -> list[Site]:
         paths = [p for p, _ in base_modules(model) if p]
+        named = self.__dict__["_named"] = self.named(model)
         if self.target_modules is None:
-            found = {"block": [block.path for block in find_blocks(model)]}
+            found = {"block": [block.path for block in find_blocks(model, named)]}
         else:
             found = select(self.target_modules, paths, "target_modules")
         found = in_layers(self, {k: [f"{p}." for p in v] for k, v in found.items()})
@@ -255,10 +258,10 @@ class ReftConfig(TargetedConfig):
 
     def build_module(self, module: nn.Module, site: Site) -> Edit | Sequence[Edit]:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        return HiddenEdit(_width(module, site), self, Positions(), device)
+        return HiddenEdit(_width(module, site, self.__dict__["_named"]), self, Positions(), device)
 
 
-def _width(module: nn.Module, site: Site) -> int:
+def _width(module: nn.Module, site: Site, named: Named) -> int:
     """The size of a module's hidden states.
 
     Raises:
@@ -273,7 +276,9 @@ def _width(module: nn.Module, site: Site) -> int:
         return int(module.embed_dim)  # type: ignore[arg-type]
     if is_norm(module):
         return len(module.get_parameter("weight"))
-    found = width_of(module)
+    found = width_of(module, site.path, named)
+    if found is None and "norm" in named:  # it has none, as the user says
+        return output_size(module, site.path)
     if found is None:
         raise ConfigError(f"the width of what {site.path!r} gives is unknown: it has no norm; name one of its layers")
     return found

@@ -20,14 +20,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.config import TargetedConfig, register
+from deltatune.config import StructuredConfig, register
 from deltatune.core.copies import ValueDelta
 from deltatune.core.edits import Edit, KVEdit
 from deltatune.core.ops import VectorOp
 from deltatune.core.prompts import Stack, find_stacks
-from deltatune.core.roles import role_of
 from deltatune.core.sites import Site, base_modules, base_parameters, bias_sites, is_linear
-from deltatune.core.structure import out_in
+from deltatune.core.structure import attention_layers, out_in
 from deltatune.core.sublayers import FEEDFORWARD, SubLayer, find_sublayers
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError, hint
@@ -104,7 +103,7 @@ def spindle(layers: int) -> list[int]:
 
 @register
 @dataclass
-class S4Config(TargetedConfig):
+class S4Config(StructuredConfig):
     """S4's configuration; places are found from the model's structure.
 
     Args:
@@ -155,15 +154,17 @@ class S4Config(TargetedConfig):
     def layers(self, model: nn.Module) -> list[Layer]:
         """Every layer with its group, its methods and how large they are."""
         parts: dict[str, list[SubLayer]] = {}
-        for sub in find_sublayers(model):
+        named = self.named(model)
+        for sub in find_sublayers(model, named):
             parts.setdefault(sub.block.path, []).append(sub)
-        stacks: dict[str, list[str]] = {}
+        stacks: dict[str | None, list[str]] = {}
         for path, subs in parts.items():
             stacks.setdefault(subs[0].block.stack, []).append(path)
         budget = self.budget or sum(p.numel() for _, p in base_parameters(model)) // (200 * len(parts))
         methods = self.methods or GROUPS
         with_prefix = any(PREFIX in group for group in methods)
         places = attentions(model, find_stacks(model)) if with_prefix else []
+        queries = attention_layers(model, ("q", "v"), named) if any(LORA in group for group in methods) else []
         found = []
         for paths in stacks.values():
             sizes = self.groups or (spindle(len(paths)) if len(methods) == 4 else [])
@@ -171,24 +172,20 @@ class S4Config(TargetedConfig):
                 raise ConfigError(f"groups {sizes} make {sum(sizes)} layers, and a stack of the model has {len(paths)}")
             numbers = [g for g, n in enumerate(sizes) for _ in range(n)]
             for i, (path, group) in enumerate(zip(paths, numbers, strict=True)):
-                found.append(self._layer(model, path, i, group, list(methods[group]), parts[path], places))
+                found.append(self._layer(model, path, i, group, list(methods[group]), parts[path], places, queries))
         for layer in found:
             share(layer, budget)
         return found
 
     def _layer(
         self, model: nn.Module, path: str, number: int, group: int, methods: list[str], subs: Sequence[SubLayer],
-        places: Sequence[Attention],
+        places: Sequence[Attention], queries: Sequence[str],
     ) -> Layer:  # fmt: skip
         inside = {p: m for p, m in base_modules(model) if p.startswith(f"{path}.")}
         ffn = next(s for s in subs if s.kind == FEEDFORWARD)
         own = next((s for s in subs if s.kind != FEEDFORWARD), None)
         attention = next((a for a in places if a.path.startswith(f"{path}.") and a.kind != "cross"), None)
-        queries = [
-            p
-            for p, m in inside.items()
-            if own and p.startswith(own.reads) and is_linear(m) and role_of(p.rpartition(".")[2]) in ("q", "v", "qkv")
-        ]
+        queries = [p for p in queries if own and f"{p}.".startswith(f"{own.reads}.") and is_linear(inside[p])]
         biases = bias_sites(model, list(inside)) if BITFIT in methods else []
         layer = Layer(path, number, group, methods, ffn, attention, queries, biases)
         if ADAPTER in methods:

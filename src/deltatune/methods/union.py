@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from deltatune.config import PeftConfig, TargetedConfig, register
+from deltatune.config import PeftConfig, StructuredConfig, TargetedConfig, register
 from deltatune.core.adapters import Modules, adapters_of
 from deltatune.core.bank import Bank
 from deltatune.core.copies import ModuleCopy
@@ -23,12 +23,12 @@ from deltatune.errors import ConfigError
 
 @register
 @dataclass
-class UnionConfig(TargetedConfig):
+class UnionConfig(StructuredConfig):
     """The edits of several configurations under one adapter's name.
 
     Args:
         configs: configurations, or what their `to_dict` gives. Each has its own targets; a head of the task is copied
-            once.
+            once. `roles` are those of every one of them that has none of its own.
 
     Raises:
         ConfigError: none is given, one has no edits of its own, or two put tensors of one name at one place.
@@ -58,6 +58,8 @@ class UnionConfig(TargetedConfig):
         for part in self.parts:
             if not isinstance(part, TargetedConfig):
                 raise ConfigError(f"{type(part).__name__} gives no edits, so it cannot be in a union")
+            if isinstance(part, StructuredConfig) and not part.roles:
+                part.roles = self.roles
 
     def parts_by_default(self) -> Sequence[TargetedConfig]:
         """What a named union consists of."""

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.config import TargetedConfig, TaskType, register
+from deltatune.config import StructuredConfig, TargetedConfig, TaskType, register
 from deltatune.core.edits import Edit
 from deltatune.core.prompts import Stack
 from deltatune.core.sites import Site, is_linear, targets, weight_sites
+from deltatune.core.structure import attention_layers, chosen_sites
 from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
 from deltatune.methods._bottleneck import Dense, Reader, initial
@@ -56,7 +57,7 @@ class GatedLora(Edit):
 
 @register
 @dataclass
-class GatedLoraConfig(TargetedConfig):
+class GatedLoraConfig(StructuredConfig):
     """LoRA times a gate of its input; a part of UniPELT.
 
     Args:
@@ -83,6 +84,8 @@ class GatedLoraConfig(TargetedConfig):
         return cls(**{"r": 4, "gate": "token", **fields})
 
     def sites(self, model: nn.Module) -> list[Site]:
+        if self.target_modules is None and {"query", "value"} & set(self.roles):
+            return chosen_sites(model, self, attention_layers(model, ("q", "v"), self.named(model)))
         return weight_sites(model, targets(model, self))
 
     def build(self, ref: WeightRef, site: Site) -> Edit | Sequence[Edit]:
