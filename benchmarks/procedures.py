@@ -1,13 +1,15 @@
 """Training procedures against plain LoRA, at the same steps: the table and the loss curves in docs/results.md.
 
-Three questions, each with its own model and data:
+Four questions, each with its own model and data (`procedures_questions.py`):
 
-    language   SmolLM2-135M learns E2E (restaurant data to sentences), 24 steps of 2 rows
-    classes    MiniLM learns the ten intents of Banking10 (a part of Banking77), 100 steps of 8 rows, three seeds
-    scratch    a Llama of 0.6 million parameters is trained from nothing on maths problems (GSM8K), three seeds
+    small      a Llama of 1 million parameters that knows maths problems learns E2E, as bytes; three seeds
+    classes    MiniLM learns the ten intents of Banking10 (a part of Banking77), three seeds
+    language   SmolLM2-135M learns E2E (restaurant data to sentences), one seed
+    scratch    a Llama of 0.4 million parameters is trained from nothing on maths problems (GSM8K), three seeds
 
-Every entry of a question sees the same batches. Of the learning rates that an entry lists, the first seed tries all and
-the one with the lowest held-out loss goes on. A killed run goes on where it stopped.
+Every entry of a question sees the same batches. The first seed tries all learning rates of an entry, and one or two
+more if the best is the lowest or the highest (none in `language`); the one with the lowest loss on validation data goes
+on, and what is reported is measured on other data. A killed run goes on where it stopped.
 
     python benchmarks/procedures.py --data ../shared/data
     python benchmarks/procedures.py --data ../shared/data classes/LISA       # this one again
@@ -16,207 +18,38 @@ the one with the lowest held-out loss goes on. A killed run goes on where it sto
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import load_smollm2, machine, read_json, write_json
+from common import machine, read_json, saved_bytes, write_json
+from procedures_questions import QUESTIONS, Batch, Entry, Question
 from rich.progress import Progress
 from torch import Tensor
 
 from deltatune import get_peft_config, get_peft_model, prepare_init
 from deltatune.inits.data import needs_data
-from deltatune.schedules import attach, find_procedure, mark
-from deltatune.train.models import load_tokenizer, resolve_model
+from deltatune.schedules import Attached, attach, find_procedure, mark
 
 HERE = Path(__file__).parent
-Batch = dict[str, Tensor]
 #: the learning rate of every run warms up over this share of the steps and then falls to zero in a line
 WARM = 0.05
 
 
-@dataclass
-class Entry:
-    """One line: a method's configuration, a procedure's options, and the learning rates to try."""
-
-    method: dict[str, Any] | None
-    lrs: tuple[float, ...]
-    procedure: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Question:
-    """A fresh model, its training batches for a seed, and what it is measured on."""
-
-    model: Callable[[int], Any]
-    steps: Callable[[int], list[Batch]]
-    held_out: list[Batch]
-    task: str
-    seeds: int
-    entries: dict[str, Entry]
-
-
-def batched(rows: list[Any], collate: Callable[[list[Any]], Batch], count: int, size: int, seed: int) -> list[Batch]:
-    """`count` batches in a random order of the seed's, going round the rows as often as needed."""
-    generator, order = torch.Generator().manual_seed(seed), []
-    while len(order) < count * size:
-        order += torch.randperm(len(rows), generator=generator).tolist()
-    return [collate([rows[i] for i in order[k : k + size]]) for k in range(0, count * size, size)]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
-
-
-# ---------------------------------------------------------------------- the questions
-LINEAR = {"target_modules": "all-linear"}
-LORA = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
-ADALORA = {"peft_type": "ADALORA", "init_r": 12, "target_r": 8, "lora_alpha": 32, "orth_reg_weight": 0.1}
-WHOLE = {"peft_type": "FULL", "in_place": True}
-
-
-def smollm2(folder: Path, entries: dict[str, Entry]) -> Question:
-    tokenizer = load_tokenizer(resolve_model("smollm2-135m-instruct"))
-    rows = read_rows(folder / "e2e_nlg" / "train.jsonl")
-    test = read_rows(folder / "e2e_nlg" / "val.jsonl")[:36]
-
-    def collate(some: list[dict[str, Any]]) -> Batch:
-        prompts = [tokenizer(f"{r['mr']}\n")["input_ids"] for r in some]
-        refs = [r["ref"] if "ref" in r else r["refs"][0] for r in some]
-        answers = [[*tokenizer(ref)["input_ids"], tokenizer.eos_token_id] for ref in refs]
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-        ids, labels = torch.full((len(some), width), tokenizer.eos_token_id), torch.full((len(some), width), -100)
-        mask = torch.zeros_like(ids)
-        for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-            ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-            labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
-            mask[i, : len(p) + len(a)] = 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-    return Question(
-        lambda seed: load_smollm2()[0],
-        lambda seed: batched(rows, collate, 24, 2, seed),
-        [collate(test[k : k + 12]) for k in range(0, len(test), 12)],
-        "CAUSAL_LM",
-        1,
-        entries,
-    )
-
-
-def language(folder: Path) -> Question:
-    entries = {
-        "LoRA": Entry({**LORA, **LINEAR}, (2e-3,)),
-        "LoRA+": Entry({**LORA, **LINEAR}, (5e-4,), {"name": "lora_plus", "ratio": 16}),
-        "AdaLoRA": Entry({**ADALORA, **LINEAR, "tinit": 3, "tfinal": 8, "deltaT": 1}, (5e-3,)),
-        "ReLoRA": Entry(
-            {**LORA, **LINEAR},
-            (2e-3,),
-            {"name": "relora", "cycle": 8, "restart_warmup": 2, "train_rest": False},
-        ),
-        "LISA": Entry(WHOLE, (5e-5,), {"name": "lisa", "layers": 2, "every": 3}),
-        "Full, then LoRA": Entry(
-            {**LORA, **LINEAR}, (2e-3,), {"name": "full_then_lora", "share": 0.2, "full_rate": 0.01, "warmup": 2}
-        ),
-    }
-    return smollm2(folder, entries)
-
-
-def classes(folder: Path) -> Question:
-    from transformers import AutoModelForSequenceClassification
-
-    path = resolve_model("all-minilm-l6-v2").path
-    tokenizer = load_tokenizer(resolve_model("all-minilm-l6-v2"))
-    rows = read_rows(folder / "banking10" / "train.jsonl")
-    test = read_rows(folder / "banking10" / "test.jsonl")
-
-    def collate(some: list[dict[str, Any]]) -> Batch:
-        batch = tokenizer([r["text"] for r in some], padding=True, truncation=True, max_length=48, return_tensors="pt")
-        return {**batch, "labels": torch.tensor([r["label"] for r in some])}
-
-    def model(seed: int) -> Any:
-        torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(path, num_labels=10)
-
-    pair = {**LORA, "target_modules": ["query", "value"]}
-    entries = {
-        "LoRA": Entry(pair, (3e-3, 1e-2, 3e-2)),
-        "LoRA, PiSSA init": Entry({**pair, "init_lora_weights": "pissa"}, (3e-3, 1e-2, 3e-2)),
-        "LoRA, LoRA-GA init": Entry({**pair, "init_lora_weights": "lora_ga"}, (3e-3, 1e-2, 3e-2)),
-        "LoRA+, ratio 16": Entry(pair, (1e-3, 3e-3), {"name": "lora_plus", "ratio": 16}),
-        "LoRA+, ratio 4": Entry(pair, (3e-3, 1e-2), {"name": "lora_plus", "ratio": 4}),
-        "AdaLoRA": Entry(
-            {**ADALORA, "target_modules": ["query", "value"], "tinit": 10, "tfinal": 30, "deltaT": 5}, (1e-2, 3e-2)
-        ),
-        "ReLoRA": Entry(pair, (1e-2, 3e-2), {"name": "relora", "cycle": 30, "restart_warmup": 5, "train_rest": False}),
-        "LISA": Entry(WHOLE, (3e-4, 1e-3), {"name": "lisa", "layers": 2, "every": 5}),
-        "LoRA, LISA's memory": Entry({**LORA, **LINEAR, "r": 256, "lora_alpha": 512}, (1e-3, 3e-3)),
-        "Full, then LoRA": Entry(
-            pair, (1e-2, 3e-2), {"name": "full_then_lora", "share": 0.2, "full_rate": 0.1, "warmup": 5}
-        ),
-    }
-    held_out = [collate(test[k : k + 64]) for k in range(0, len(test), 64)]
-    return Question(model, lambda seed: batched(rows, collate, 100, 8, seed), held_out, "SEQ_CLS", 3, entries)
-
-
-def scratch(folder: Path) -> Question:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def text(name: str) -> bytes:
-        rows = read_rows(folder / "gsm8k" / f"{name}.jsonl")
-        return "\n\n".join(f"{r['question']}\n{r['answer']}" for r in rows).encode()
-
-    def windows(data: bytes, width: int = 96) -> list[Tensor]:
-        ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-        return list(ids[: len(ids) // width * width].view(-1, width))
-
-    def collate(some: list[Tensor]) -> Batch:
-        ids = torch.stack(some)
-        return {"input_ids": ids, "labels": ids}
-
-    def model(seed: int) -> Any:
-        torch.manual_seed(seed)
-        sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=4, **sizes))
-
-    pair = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
-    relora = {"name": "relora", "cycle": 60, "restart_warmup": 10}
-    # for one low-rank run that trains the rest in full as ReLoRA does: no restart before the end
-    once = {"name": "relora", "cycle": 359, "restart_warmup": 10, "reset": "zero"}
-    entries = {
-        "all weights": Entry(None, (3e-3,)),
-        "one LoRA": Entry(pair, (3e-3, 6e-3), once),
-        "ReLoRA": Entry(pair, (3e-3, 6e-3), relora),
-        "one LoRA, warm start": Entry(pair, (6e-3,), {**once, "warm_start": 90, "cycle": 269}),
-        "ReLoRA, warm start": Entry(pair, (6e-3,), {**relora, "warm_start": 90, "cycle": 45}),
-    }
-    rows, test = windows(text("train_a")), windows(text("val"))[:320]
-    held_out = [collate(test[k : k + 64]) for k in range(0, len(test), 64)]
-    return Question(model, lambda seed: batched(rows, collate, 360, 12, seed), held_out, "CAUSAL_LM", 3, entries)
-
-
-QUESTIONS: dict[str, Callable[[Path], Question]] = {
-    "classes": classes,
-    "scratch": scratch,
-    "language": language,
-}
-
-
 # ---------------------------------------------------------------------- one run
 @torch.no_grad()
-def measure(model: Any, question: Question) -> tuple[float, float]:
-    """(loss, accuracy) on the held-out batches; accuracy of classes, or of the trained tokens."""
+def measure(model: Any, batches: list[Batch], task: str) -> tuple[float, float]:
+    """(loss, accuracy) on these batches; accuracy of classes, or of the trained tokens."""
     model.eval()
     losses, right, count = [], 0, 0
-    for batch in question.held_out:
+    for batch in batches:
         out = model(**batch)
         labels, logits = batch["labels"], out.logits
-        if question.task == "CAUSAL_LM":
+        if task == "CAUSAL_LM":
             labels, logits = labels[:, 1:], logits[:, :-1]
         counted = labels != -100
         right += int(((logits.argmax(-1) == labels) & counted).sum())
@@ -226,16 +59,19 @@ def measure(model: Any, question: Question) -> tuple[float, float]:
     return statistics.fmean(losses), right / count
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimiser's state."""
-    tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
-    return sum(t.numel() * t.element_size() for t in tensors)
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(tensor_bytes(v) for v in values)
 
 
-def training_bytes(model: Any, optimizer: torch.optim.Optimizer, added: int) -> int:
-    """What training holds beyond the base: an adapter's weights, gradients, the optimiser's state."""
-    grads = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    return added + grads + state_bytes(optimizer)
+def training_bytes(model: Any, optimizer: torch.optim.Optimizer, schedule: Attached | None) -> int:
+    """Gradients and the state of the optimiser and of a procedure's own; the base that checkpoints hold not counted."""
+    grads = tensor_bytes([p.grad for p in model.parameters() if p.grad is not None])
+    own = [s.state_dict() for s in schedule.schedules.values()] if schedule is not None else []
+    return grads + tensor_bytes(list(optimizer.state.values())) + tensor_bytes(own)
 
 
 def prepared(question: Question, entry: Entry, seed: int, steps: list[Batch]) -> tuple[Any, int]:
@@ -270,58 +106,87 @@ def run(question: Question, entry: Entry, lr: float, seed: int, told: Callable[[
     warm = max(WARM * n, 1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / warm) * (1 - k / n))
     losses, seconds, peak = [], [], 0
-    for batch in steps:
+    for number, batch in enumerate(steps):
         start = time.perf_counter()
-        loss = model(**batch).loss
+        with saved_bytes(model) as count:
+            loss = model(**batch).loss
+            kept = count()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], 1.0)
         optimizer.step()
-        peak = max(peak, training_bytes(model, optimizer, added))
+        seconds.append(time.perf_counter() - start)
+        if number % max(n // 20, 1) == 0 or number == n - 1:
+            peak = max(peak, added + kept + training_bytes(model, optimizer, schedule))
         scheduler.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 4))
-        seconds.append(time.perf_counter() - start)
         told(f"step {len(losses)}/{n} loss {loss.item():.3f}")
-    held, accuracy = measure(model, question)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report = schedule.finish() if schedule is not None else {}
+    validation, _ = measure(model, question.validation, question.task)
+    held, accuracy = measure(model, question.held_out, question.task)
     return {
-        "loss": held if math.isfinite(held) else None, "accuracy": accuracy, "losses": losses, "trained": trained,
-        "seconds": statistics.median(seconds), "training_mb": peak / 2**20, "report": report,
+        "validation": validation if math.isfinite(validation) else None, "loss": held if math.isfinite(held) else None,
+        "accuracy": accuracy, "losses": losses, "trained": trained, "seconds": statistics.median(seconds),
+        "training_mb": peak / 2**20, "report": report,
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------------- all runs
-def best_lr(results: dict[str, Any], key: str, entry: Entry) -> float:
-    """The learning rate whose first seed has the lowest held-out loss."""
-    return min(entry.lrs, key=lambda lr: results[f"{key}/{lr:g}/0"]["loss"] or math.inf)
+def best_lr(results: dict[str, Any], key: str, lrs: Sequence[float]) -> float:
+    """The learning rate whose first seed has the lowest validation loss."""
+    return min(lrs, key=lambda lr: results[f"{key}/{lr:g}/0"]["validation"] or math.inf)
+
+
+def rates(results: dict[str, Any], key: str, question: Question, entry: Entry) -> list[float]:
+    """The learning rates to try: the entry's, and more on the side on which the best so far is the last."""
+    lrs = sorted(entry.lrs)
+    for _ in range(question.more):
+        if any(f"{key}/{lr:g}/0" not in results for lr in lrs):
+            break
+        best = best_lr(results, key, lrs)
+        if best == lrs[0]:
+            lrs.insert(0, best / 2)
+        elif best == lrs[-1]:
+            lrs.append(best * 2)
+    return lrs
 
 
 def runs_of(results: dict[str, Any], key: str, question: Question, entry: Entry) -> Iterator[tuple[str, float, int]]:
     """(key, learning rate, seed) of what is to be run, the tries of the first seed before the others."""
-    for lr in entry.lrs:
-        yield f"{key}/{lr:g}/0", lr, 0
+    tried: set[float] = set()
+    while missing := [lr for lr in rates(results, key, question, entry) if lr not in tried]:
+        for lr in missing:
+            tried.add(lr)
+            yield f"{key}/{lr:g}/0", lr, 0
     for seed in range(1, question.seeds):
-        lr = best_lr(results, key, entry)
+        lr = best_lr(results, key, rates(results, key, question, entry))
         yield f"{key}/{lr:g}/{seed}", lr, seed
 
 
 def summary(results: dict[str, Any], key: str, question: Question, entry: Entry) -> dict[str, Any] | None:
     """An entry over its seeds, at its best learning rate; None while runs are missing."""
-    if any(f"{key}/{lr:g}/0" not in results for lr in entry.lrs):
+    lrs = rates(results, key, question, entry)
+    if any(f"{key}/{lr:g}/0" not in results for lr in lrs):
         return None
-    lr = best_lr(results, key, entry)
+    lr = best_lr(results, key, lrs)
     found = [results.get(f"{key}/{lr:g}/{seed}") for seed in range(question.seeds)]
     if any(r is None for r in found):
         return None
     runs = [r for r in found if r is not None]
-    return {"lr": lr, "runs": runs, "loss": [r["loss"] for r in runs], "accuracy": [r["accuracy"] for r in runs]}
+    losses, right = [r["loss"] for r in runs], [r["accuracy"] for r in runs]
+    return {"entry": entry, "lr": lr, "lrs": lrs, "runs": runs, "loss": losses, "accuracy": right}
 
 
 def spread(values: list[float]) -> str:
     """A mean with the smallest and the largest value."""
     mean = statistics.fmean(values)
     return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def edge(lr: float, lrs: list[float]) -> str:
+    """Says which way a better rate may lie, if the best is the first or the last that was tried."""
+    return f"{lr:g}" + (" (lowest)" if lr == lrs[0] else " (highest)" if lr == lrs[-1] else "")
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
@@ -336,8 +201,8 @@ def table(summaries: dict[str, dict[str, Any]]) -> str:
         early = [early_loss(r["losses"]) for r in s["runs"]]
         run = s["runs"][0]
         lines.append(
-            f"| {question} | {name} | {run['trained']:,} | {s['lr']:g} | {len(s['runs'])} | {spread(early)} | "
-            f"{spread(s['loss'])} | {spread(s['accuracy'])} | {run['training_mb']:.0f} |"
+            f"| {question} | {name} | {run['trained']:,} | {edge(s['lr'], s['lrs'])} | {len(s['runs'])} | "
+            f"{spread(early)} | {spread(s['loss'])} | {spread(s['accuracy'])} | {run['training_mb']:.1f} |"
         )
     return "\n".join(lines)
 
@@ -348,26 +213,47 @@ def early_loss(losses: list[float]) -> float:
     return statistics.fmean(losses[int(0.15 * n) : int(0.25 * n)])
 
 
-def draw(summaries: dict[str, dict[str, Any]], path: Path) -> None:
-    """The training losses, smoothed; a line is a mean over seeds, a band their range."""
+def panels(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """(question, family) of every panel of the figure."""
+    found = ((key.partition("/")[0], s["entry"].family) for key, s in summaries.items())
+    return list(dict.fromkeys((question, family) for question, family in found if family is not None))
+
+
+def draw(summaries: dict[str, dict[str, Any]], path: Path, columns: int = 4) -> None:
+    """The training losses, smoothed; a line is a mean over seeds, a band their range. Plain LoRA is black."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(key.partition("/")[0] for key in summaries))
-    figure = Figure(figsize=(5.2 * len(names), 4.6), layout="constrained")
-    for axes, question in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for number, (key, s) in enumerate((k, s) for k, s in summaries.items() if k.startswith(f"{question}/")):
+    places = panels(summaries)
+    rows = math.ceil(len(places) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained", dpi=110)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(places) :]:
+        axes.set_axis_off()
+    for axes, (question, family) in zip(grid, places, strict=False):
+        number = 0
+        lowest, highest = [], []
+        for key, s in summaries.items():
+            if key.partition("/")[0] != question or s["entry"].family not in (None, family):
+                continue
+            color = "black" if s["entry"].family is None else f"C{number}"
+            number += s["entry"].family is not None
             curves = torch.tensor([smooth(r["losses"]) for r in s["runs"]])
-            x, color = torch.arange(curves.shape[1]), f"C{number % 10}"
-            dashes = "-" if number < 10 else "--"
-            axes.plot(x, curves.mean(0), dashes, color=color, label=key.partition("/")[2], linewidth=1.4)
+            mean = curves.mean(0)
+            axes.plot(mean, color=color, label=key.partition("/")[2], linewidth=1.6)
             if len(curves) > 1:
-                axes.fill_between(x, curves.amin(0), curves.amax(0), color=color, alpha=0.15, linewidth=0)
-        axes.set_title(question)
-        axes.set_xlabel("optimiser step")
+                axes.fill_between(
+                    range(len(mean)), curves.amin(0), curves.amax(0), color=color, alpha=0.15, linewidth=0
+                )
+            lowest.append(float(mean.min()))
+            highest.append(float(mean[0]))
+        axes.set_ylim(0.9 * min(lowest), 1.15 * max(highest))
         axes.set_yscale("log")
-        axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel("training loss (smoothed)")
+        axes.set_title(f"{question}: {family}", fontsize=10)
+        axes.set_xlabel("optimiser step")
+        axes.legend(fontsize=7.5)
+    for axes in grid[::columns]:
+        axes.set_ylabel("training loss (smoothed)")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -384,7 +270,7 @@ def smooth(losses: list[float], keep: float = 0.9) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="questions, or question/entry to run again")
-    parser.add_argument("--data", type=Path, required=True, help="folder with e2e_nlg, banking10 and gsm8k")
+    parser.add_argument("--data", type=Path, required=True, help="folder with e2e_nlg, banking10, gsm8k")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "procedures.json")
     parser.add_argument("--figure", type=Path, default=HERE.parent / "docs" / "images" / "procedures.png")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after so many")

@@ -22,7 +22,7 @@ from deltatune.core.changes import Change, Pair, precise, truncate
 from deltatune.core.copies import ModuleCopy, ValueDelta
 from deltatune.core.merge import evaluating
 from deltatune.core.ops import TransposedOp, VectorOp
-from deltatune.core.sites import base_modules, bias_sites, is_multihead, is_suffix
+from deltatune.core.sites import base_modules, bias_sites, is_multihead, is_suffix, shortest_names
 from deltatune.errors import ConfigError
 from deltatune.methods.lora import LoraConfig, LoraDelta
 from deltatune.methods.lora_bias import AddedBias, BiasDelta
@@ -133,7 +133,11 @@ class Builder:
             pairs = {place: pair.padded(ranks[self._site(place)]) for place, pair in pairs.items()}
             config = self._config(ranks)
             self.adapters.add(config, name)
-            config.layer_replication = self._replication()  # after adding: here the model is as deep already
+            # after adding: here the model is as deep, and its context as long, already
+            config.layer_replication, config.context_length = (
+                self._given("layer_replication"),
+                self._given("context_length"),
+            )
             self._fill(name, pairs)
         return LoraReport({p: SiteReport(pair.rank, pair.norm, pair.error) for p, pair in pairs.items()})
 
@@ -157,15 +161,16 @@ class Builder:
             "rank_pattern": others,
             "alpha_pattern": dict(others),
             "fan_in_fan_out": any(type(self.refs[p].op) is TransposedOp for p in self.matrices),
-            "modules_to_save": self._short(self.copied, str.endswith) or None,
+            "modules_to_save": shortest_names(self.adapters.root, self.copied, str.endswith) or None,
             "lora_bias": bool(self.betas),
             "bias": self._bias_option(set(ranks)),
         }
         return LoraConfig(inference_mode=True, **options, **self._where())
 
-    def _replication(self) -> list[tuple[int, int]] | None:
-        given = [getattr(self.adapters.configs[name], "layer_replication", None) for name in self.names]
-        return next((ranges for ranges in given if ranges), None)
+    def _given(self, field: str) -> Any:
+        """A field that changes the base, of the first adapter that sets it."""
+        given = [getattr(self.adapters.configs[name], field, None) for name in self.names]
+        return next((value for value in given if value), None)
 
     def _whole(self, place: str) -> bool:
         """Whether only `target_parameters` can name this weight."""
@@ -181,14 +186,8 @@ class Builder:
     def _where(self) -> dict[str, Any]:
         whole = [p for p in self.matrices if self._whole(p)]
         modules = [self._site(p) for p in self.matrices if not self._whole(p)]
-        chosen = self._short(modules, lambda path, leaf: is_suffix(leaf, path))
+        chosen = shortest_names(self.adapters.root, modules, lambda path, leaf: is_suffix(leaf, path))
         return {"target_modules": chosen, **({"target_parameters": whole} if whole else {})}
-
-    def _short(self, paths: Sequence[str], ends: Callable[[str, str], bool]) -> list[str]:
-        """Names that select exactly these modules: the last parts of their paths where those suffice."""
-        leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in paths))
-        hits = [p for p, _ in base_modules(self.adapters.root) if p and any(ends(p, leaf) for leaf in leaves)]
-        return leaves if set(hits) == set(paths) else list(dict.fromkeys(paths))
 
     @staticmethod
     def _pattern(site: str, sites: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltatune.card import write_card
-from deltatune.config import TargetedConfig
+from deltatune.config import PeftConfig, TargetedConfig
 from deltatune.core import fingerprint
 from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.checkpoint import LoadReport, adapter_state, load_adapter_state, remap
@@ -87,12 +87,24 @@ def set_peft_model_state_dict(
     )
 
 
-def write_adapter(adapters: AdapterSet, name: str, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """An adapter's files in `folder`: configuration, tensors with the base's fingerprint, a card if there is none."""
-    base = fingerprint.take(adapters.root, adapters.deltas(name))
+def write_adapter(
+    adapters: AdapterSet,
+    name: str,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    config: PeftConfig | None = None,
+    base: dict[str, Any] | None = None,
+) -> None:
+    """An adapter's files in `folder`: configuration, tensors with the base's fingerprint, a card if there is none.
+
+    Args:
+        config: what the file says in place of the adapter's own configuration.
+        base: the fingerprint of the base that the file is for, where the model's has changed since.
+    """
+    base = base or fingerprint.take(adapters.root, adapters.deltas(name))
     metadata = {fingerprint.METADATA_KEY: fingerprint.dumps(base)}
     write_tensors(folder / SAFETENSORS_NAME, tensors, metadata)
-    config = copy.copy(adapters.configs[name])
+    config = copy.copy(config or adapters.configs[name])
     config.inference_mode = True
     if isinstance(config, TargetedConfig):
         for field, value in config.written(adapters.root).items():

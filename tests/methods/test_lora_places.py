@@ -221,6 +221,17 @@ def test_a_tied_head_follows_when_asked(options, tmp_path):
 
 
 # ---------------------------------------------------------------------- replicas
+def test_merging_keeps_the_replicated_layers():
+    config = LoraConfig(layer_replication=[[0, 2], [0, 2]], init_lora_weights=False)
+    model = get_peft_model(llama(num_hidden_layers=2), config).eval()
+    x = torch.randint(2, 60, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(input_ids=x).logits
+        merged = model.merge_and_unload()
+        assert merged.config.num_hidden_layers == len(merged.model.layers) == 4
+        assert torch.allclose(merged(input_ids=x).logits, wanted, atol=1e-5)
+
+
 def test_layer_replication_shares_weights_and_is_undone(tmp_path):
     base = llama()
     x = ids()

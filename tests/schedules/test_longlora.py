@@ -185,3 +185,100 @@ def prefixed():
 def test_what_cannot_be_is_refused(make, says):
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+# ---------------------------------------------------------------------- what is saved
+LONG = {"initializer_range": 0.1, "max_position_embeddings": 16}
+
+
+def trained_long(folder, **options):
+    """(a model that has trained in a context of 3 times its own, its logits)."""
+    model = long_model(max_position_embeddings=16, **options)
+    optimizer, schedule = started(model, context=33)
+    for i in range(2):
+        model(**batches()[i]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    schedule.finish()
+    assert schedule.save(folder)
+    with torch.no_grad():
+        return model, model.eval()(input_ids=TOKENS).logits
+
+
+TOKENS = torch.randint(2, 60, (1, 30), generator=torch.Generator().manual_seed(3))
+
+
+def test_the_file_has_pairs_modules_and_the_context(tmp_path):
+    trained_long(tmp_path)
+    from safetensors.torch import load_file
+
+    values = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert (values["peft_type"], values["context_length"], values["r"]) == ("LORA", 33, 2)
+    assert sorted(values["modules_to_save"]) == ["embed_tokens", "input_layernorm", "norm", "post_attention_layernorm"]
+    kinds = {key.split(".")[-2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert kinds == {"lora_A", "lora_B", *values["modules_to_save"]}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_run_loads_with_the_positions_it_trained_with(tmp_path, tied):
+    from deltatune import PeftModel
+
+    _, wanted = trained_long(tmp_path, tie_word_embeddings=tied)
+    base = llama(**LONG, tie_word_embeddings=tied)
+    with torch.no_grad():
+        plain = base(input_ids=TOKENS).logits
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+        assert loaded.get_base_model().config.max_position_embeddings == 48
+        assert torch.allclose(loaded(input_ids=TOKENS).logits, wanted, atol=1e-5)
+        assert torch.equal(loaded.unload()(input_ids=TOKENS).logits, plain)  # positions go with the adapter
+        assert base.config.max_position_embeddings == 16
+        merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+        assert merged.config.rope_parameters["factor"] == 3
+        assert torch.allclose(merged(input_ids=TOKENS).logits, wanted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_peft_reads_it_as_a_lora_and_says_what_it_ignores(tmp_path):
+    import peft
+
+    _, wanted = trained_long(tmp_path)
+    base = llama(**LONG)
+    interpolate_positions(base, 33)
+    with pytest.warns(UserWarning, match="context_length"):
+        loaded = peft.PeftModel.from_pretrained(base, str(tmp_path))
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=TOKENS).logits, wanted, atol=1e-5)
+
+
+def test_a_copy_of_a_long_model_gives_its_own_positions_back():
+    import copy
+
+    model = get_peft_model(llama(**LONG), LoraConfig(context_length=33))
+    twin = copy.deepcopy(model)
+    twin.unload()
+    assert twin.get_base_model().config.max_position_embeddings == 16
+    assert model.get_base_model().config.max_position_embeddings == 48
+
+
+def adopted():
+    model = get_peft_model(llama(**LONG), LoraConfig())
+    model.add_adapter("long", LoraConfig(context_length=33))
+
+
+def without_lora():
+    from deltatune import IA3Config
+
+    started(get_peft_model(llama(**LONG), IA3Config()), context=33)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (adopted, "context_length=33 changes the positions of the whole model"),
+        (lambda: LoraConfig(context_length=0), "context_length must be a whole number of at least 1"),
+        (without_lora, "context=33 is kept in a LoRA's configuration"),
+    ],
+)
+def test_a_context_that_cannot_be_kept(make, says):
+    with pytest.raises(ConfigError, match=says):
+        make()

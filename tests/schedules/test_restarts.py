@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltatune import ConfigError, LoraConfig, get_peft_model
+from deltatune import ConfigError, LoraConfig, PeftModel, get_peft_model
 from deltatune.schedules import Cola, DeltaLora, PeriodicLora, attach
 from deltatune.schedules._restart import course
 from schedule_runs import STEPS, batches, largest_difference, weights
@@ -150,6 +150,26 @@ def test_the_final_merge_is_the_sum_of_the_links(ranks):
         assert not links[2][1][:, 1:].any()
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 3}}, {"bias": "all"}])
+@pytest.mark.parametrize("ranks", [None, [2, 2, 1]])
+def test_a_chain_is_saved_as_one_lora_of_the_summed_rank(ranks, fields, tmp_path):
+    model = model_of(**fields)
+    optimizer, attached = start(model, Cola(links=3, ranks=ranks))
+    for i in range(STEPS):
+        step(model, optimizer, i)
+    attached.finish()
+    assert attached.save(tmp_path)
+    saved = LoraConfig.from_pretrained(tmp_path)
+    assert (str(saved.peft_type), saved.r) == ("LORA", 6 if ranks is None else 5)
+    loaded = PeftModel.from_pretrained(model_of().unload(), tmp_path)
+    x = batches()[0]["input_ids"]
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=x).logits
+        assert torch.allclose(loaded(input_ids=x).logits, wanted, atol=1e-5)
+        with loaded.disable_adapter():
+            assert (loaded(input_ids=x).logits - wanted).abs().max() > 0.01
+
+
 def test_a_chain_of_one_is_lora():
     one, plain = model_of(), model_of()
     chained, schedule = start(one, Cola(links=1, curve="given"))
@@ -239,6 +259,13 @@ def test_cola_needs_to_know_the_length_of_the_run():
 def test_adapters_that_do_not_go_with_it(procedure, fields, says):
     with pytest.raises(ConfigError, match=says):
         start(model_of(**fields), procedure)
+
+
+@pytest.mark.parametrize("procedure", [PeriodicLora(stage=4), Cola(), DeltaLora(after=3)])
+def test_a_weight_that_another_module_shares(procedure):
+    base = llama(tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="lm_head and model.embed_tokens share that weight"):
+        start(get_peft_model(base, LoraConfig(r=2, target_modules=["lm_head"])), procedure)
 
 
 @pytest.mark.parametrize("procedure", [PeriodicLora(stage=4), Cola(), DeltaLora(after=3)])

@@ -196,6 +196,8 @@ class AdapterSet:
 
     def remove_all(self) -> nn.Module:
         """Takes every adapter out and returns the plain base; what is merged stays in the weights."""
+        for name in self.plan.merged:  # what is merged has been computed on the base as it was prepared
+            self._undo.pop(name, None)
         self.plan.merged = ()
         self.merged.bake()
         for name in list(self.configs):

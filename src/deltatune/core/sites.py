@@ -450,6 +450,17 @@ def saved_modules(model: nn.Module, config: TargetedConfig) -> list[str]:
     return [p for p in dict.fromkeys(found) if not any(p.startswith(f"{q}.") for q in found)]
 
 
+def shortest_names(model: nn.Module, paths: Sequence[str], ends: Callable[[str, str], bool]) -> list[str]:
+    """Names that select exactly these modules: the last parts of their paths where those suffice.
+
+    Args:
+        ends: whether a path is selected by a name.
+    """
+    leaves = list(dict.fromkeys(p.rpartition(".")[2] for p in paths))
+    hits = [p for p, _ in base_modules(model) if p and any(ends(p, leaf) for leaf in leaves)]
+    return leaves if set(hits) == set(paths) else list(dict.fromkeys(paths))
+
+
 #: fewer explicit paths than this are written as they are (peft's limit)
 FEW_PATHS = 20
 

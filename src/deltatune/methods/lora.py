@@ -21,6 +21,7 @@ from deltatune.config import TargetedConfig, register
 from deltatune.core.copies import ValueDelta
 from deltatune.core.edits import Delta, Edit, LowRank, Slot
 from deltatune.core.ops import VectorOp
+from deltatune.core.positions import stretch_first
 from deltatune.core.replicate import replicate_layers
 from deltatune.core.sites import (
     Site,
@@ -121,6 +122,8 @@ class LoraConfig(TargetedConfig):
         ensure_weight_tying: a head tied to an adapted or copied embedding follows it.
         enable_lora: which parts of a fused projection (q, k, v) are adapted, each with factors of its own; a list,
             or module name -> list (loralib's MergedLinear).
+        context_length: the adapter is for a context of this length; where the base's is shorter, its rotary positions
+            are interpolated while the adapter is there (LongLoRA). Not a field of peft, which says that it ignores it.
         use_qalora: one column of A per group of inputs, so that a merge fits group-wise zero-points.
         qalora_group_size: inputs in a group.
         megatron_core: kept as files have it; what it belongs to is refused.
@@ -160,12 +163,14 @@ class LoraConfig(TargetedConfig):
     kasa_config: Any = None
     ensure_weight_tying: bool = False
     enable_lora: list[bool] | dict[str, list[bool]] | None = None
+    context_length: int | None = None
     #: what `prepare_init` has computed from data: site -> start
     prepared: dict[str, Start] | None = field(default=None, init=False, repr=False, compare=False)
 
     method: ClassVar[str] = "LORA"
     summary: ClassVar[str] = "a low-rank update B·A beside each weight"
     paper: ClassVar[str] = "arXiv 2106.09685"
+    ours: ClassVar[tuple[str, ...]] = ("enable_lora", "context_length")
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "dora": {"use_dora": True},
         "bias": {"lora_bias": True},
@@ -196,6 +201,8 @@ class LoraConfig(TargetedConfig):
             raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout!r}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}')
+        if self.context_length is not None and (type(self.context_length) is not int or self.context_length < 1):
+            raise ConfigError(f"context_length must be a whole number of at least 1, not {self.context_length!r}")
         check_init(self)
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias=True is not possible with use_dora=True: DoRA has no bias on B; drop one")
@@ -209,12 +216,6 @@ class LoraConfig(TargetedConfig):
     def example(cls, **fields: Any) -> LoraConfig:
         return cls(**{"r": 4, "lora_alpha": 8, **fields})
 
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        if not self.enable_lora:  # peft's files have no such key
-            values.pop("enable_lora")
-        return values
-
     def scale(self, r: int, alpha: float) -> float:
         """s, by which B A x is multiplied."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
@@ -225,7 +226,11 @@ class LoraConfig(TargetedConfig):
         return r, self.scale(r, pattern_value(self.alpha_pattern or {}, name, self.lora_alpha))
 
     def prepare(self, model: nn.Module) -> Callable[[], None] | None:
-        return replicate_layers(model, self.layer_replication) if self.layer_replication else None
+        if self.context_length is None:
+            return replicate_layers(model, self.layer_replication) if self.layer_replication else None
+        if self.layer_replication:
+            raise ConfigError("context_length is not possible with layer_replication; drop one")
+        return stretch_first(model, self.context_length)
 
     def sites(self, model: nn.Module) -> list[Site]:
         only_parameters = self.target_parameters and self.target_modules is not None and not self.target_modules

@@ -14,6 +14,7 @@ sees: the gradients of a whole step, unscaled, and nothing at all for a step tha
 from importlib import import_module
 from pkgutil import iter_modules
 
+from deltatune.core.positions import interpolate_positions
 from deltatune.schedules.attach import Attached, attach, mark
 from deltatune.schedules.base import PROCEDURES, Procedure, Rate, Run, Schedule, find_procedure, procedure
 
@@ -27,7 +28,7 @@ from deltatune.schedules.delta_lora import DeltaLora  # noqa: E402
 from deltatune.schedules.full_then_lora import FullThenLora  # noqa: E402
 from deltatune.schedules.fusion import FusionPenalty  # noqa: E402
 from deltatune.schedules.lisa import Lisa  # noqa: E402
-from deltatune.schedules.longlora import LongLora, interpolate_positions  # noqa: E402
+from deltatune.schedules.longlora import LongLora  # noqa: E402
 from deltatune.schedules.lora_fa import LoraFA  # noqa: E402
 from deltatune.schedules.lora_plus import LoraPlus  # noqa: E402
 from deltatune.schedules.lora_pro import LoraPro  # noqa: E402

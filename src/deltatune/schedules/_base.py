@@ -45,6 +45,7 @@ def deltas_of(run: Run, procedure: str) -> list[Delta]:
         )
     # trained biases are values of their own and stay beside the base
     deltas = [e for e in run.edits() if isinstance(e, Delta) and not isinstance(e.ref.op, VectorOp)]
+    _check_own(run.root, deltas, procedure)
     for delta in deltas:
         if not delta.ref.store.exact:
             raise ConfigError(
@@ -57,6 +58,17 @@ def deltas_of(run: Run, procedure: str) -> list[Delta]:
                 "the base with dtype=float32 (or bfloat16)"
             )
     return deltas
+
+
+def _check_own(root: nn.Module, deltas: Sequence[Delta], procedure: str) -> None:
+    """Raises ConfigError where a weight belongs to another module too, which a fold would change with it."""
+    for delta in deltas:
+        holders = [path for path, m in base_modules(root) if any(p is delta.ref.param for p in m._parameters.values())]
+        if len(holders) > 1:
+            raise ConfigError(
+                f"{procedure} folds the adapter into {where(delta)!r}, and {' and '.join(sorted(holders))} share that "
+                "weight, so all of them would change; leave it out of target_modules, or untie the weights"
+            )
 
 
 @torch.no_grad()
@@ -154,7 +166,7 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adap
     found = adapters_of(root)
     adapters = found if found is not None else AdapterSet(root)
     wanted = {id(t) for t in tensors}
-    touched = {m for edit in adapters.edits.get(adapter, []) for m in _modules_of(edit)}
+    touched = {m for edit in adapters.edits.get(adapter, []) for m in modules_of(edit)}
     paths = [
         path
         for path, m in base_modules(root)
@@ -168,7 +180,7 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adap
     describe(config, root)
     try:
         adapters.add(config, _WRITING)
-        names = [_prefixed(key) for key in get_peft_model_state_dict(root, adapter_name=_WRITING)]
+        names = [prefixed(key) for key in get_peft_model_state_dict(root, adapter_name=_WRITING)]
         if adapter:
             adapters.merge([adapter])
         write_adapter(adapters, _WRITING, folder, {name: _value(root, name) for name in names})
@@ -183,7 +195,7 @@ def write_changed(root: nn.Module, tensors: Iterable[Tensor], folder: Path, adap
             p.requires_grad_(flag)
 
 
-def _modules_of(edit: Edit) -> list[nn.Module]:
+def modules_of(edit: Edit) -> list[nn.Module]:
     """The base's modules whose tensors an edit would change if it were merged."""
     if isinstance(edit, Delta):
         return [edit.ref.owner]
@@ -199,7 +211,7 @@ def _value(root: nn.Module, name: str) -> Tensor:
     return whole(tensor.detach()).clone()
 
 
-def _prefixed(key: str) -> str:
+def prefixed(key: str) -> str:
     from deltatune.core.checkpoint import PREFIX
 
     return key if key.startswith(PREFIX) else PREFIX + key

@@ -13,6 +13,7 @@ from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.sharded import fill, whole
 from deltatune.core.sites import base_parameters
 from deltatune.errors import ConfigError
+from deltatune.schedules._base import write_changed
 from deltatune.schedules._optimizer import ATTRIBUTE, check_forgets
 from deltatune.schedules.base import Procedure, Rate, Run, Schedule
 
@@ -298,4 +299,9 @@ class Attached:
     def save(self, folder: str | Path) -> bool:
         """Writes what the run has made as an adapter for the base it started from, where a procedure has changed the
         base itself; False where nothing but the adapter has changed and `save_pretrained` does."""
-        return any(schedule.save(Path(folder)) for schedule in self.schedules.values())
+        changing = [schedule for schedule in self.schedules.values() if schedule.base_tensors()]
+        if len(changing) < 2:
+            return any(schedule.save(Path(folder)) for schedule in self.schedules.values())
+        tensors = [t for schedule in changing for t in schedule.base_tensors().values()]
+        write_changed(self.run.root, tensors, Path(folder), self.run.adapter)
+        return True

@@ -2,9 +2,10 @@
 
     for each link i of M:    train (A_i, B_i);    W ← W + s B_i A_i;    A ← fresh, B ← 0, a new optimiser and course
 
-What is learned is the sum of the links, W_0 + Σ s B_i A_i: one LoRA of rank Σ r_i. The run's steps are split evenly
-over the links; one link is LoRA. Ranks may step down along the chain (`ranks`): rows of A beyond a link's rank are
-zero, as B's columns are, so they have no gradient and stay zero. The scale stays that of the adapter's own rank.
+What is learned is the sum of the links, W_0 + Σ s B_i A_i: one LoRA of rank Σ r_i, and that is what is saved. The
+run's steps are split evenly over the links; one link is LoRA. Ranks may step down along the chain (`ranks`): rows of A
+beyond a link's rank are zero, as B's columns are, so they have no gradient and stay zero. The scale stays that of the
+adapter's own rank.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from deltatune.core import fingerprint
 from deltatune.core.sharded import fill, whole
 from deltatune.errors import ConfigError
 from deltatune.methods.lora import LoraDelta
+from deltatune.schedules._as_lora import lora_of, write_pairs
 from deltatune.schedules._base import changed, fold_in, weights_of, write_changed
 from deltatune.schedules._optimizer import check_forgets, forget
 from deltatune.schedules._pairs import names_of
@@ -96,6 +99,8 @@ class ColaSchedule(Schedule):
         #: the step at which each link begins, and the run's end
         self.bounds = [round(i * total / options.links) for i in range(options.links + 1)]
         self.tied: list[dict[str, tuple[Tensor, Tensor]]] = []
+        #: the fingerprint of the base that the chain stands on
+        self.base = fingerprint.take(run.root, deltas)
 
     def begin(self) -> None:
         if self.tied:
@@ -147,10 +152,11 @@ class ColaSchedule(Schedule):
         return weights_of(self.run.root, self.deltas.values())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tied": [{name: list(pair) for name, pair in link.items()} for link in self.tied]}
+        return {"tied": [{name: list(pair) for name, pair in link.items()} for link in self.tied], "base": self.base}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tied = [{name: (a, b) for name, (a, b) in link.items()} for link in state["tied"]]
+        self.base = state["base"]
         self.begin()
 
     def report(self) -> dict[str, Any]:
@@ -161,5 +167,27 @@ class ColaSchedule(Schedule):
     def save(self, folder: Path) -> bool:
         if not self.tied:
             return False
-        write_changed(self.run.root, self.base_tensors().values(), folder, self.run.adapter)
+        config = lora_of(self.run)
+        assert config is not None
+        if config.lora_bias:  # a bias on B is folded as well, and a pair cannot say that
+            write_changed(self.run.root, self.base_tensors().values(), folder, self.run.adapter)
+            return True
+        ranks, links = self.options.ranks, len(self.tied) + 1
+        pattern = {} if ranks else {key: links * r for key, r in (config.rank_pattern or {}).items()}
+        r = sum(ranks[:links]) if ranks else links * config.r
+        write_pairs(self.run, self.summed(), r, pattern, folder, self.base)
         return True
+
+    def summed(self) -> list[tuple[LoraDelta, Tensor, Tensor]]:
+        """All links of each pair as one: s [B_1 B_2 …] and [A_1; A_2; …]."""
+        live = {
+            name: (whole(d.lora_A.weight).detach(), whole(d.lora_B.weight).detach()) for name, d in self.deltas.items()
+        }
+        found = []
+        for name, delta in self.deltas.items():
+            parts = [delta.ref.op.unpack(*link[name]) for link in (*self.tied, live)]
+            ranks = self.options.ranks or [delta.r] * len(parts)
+            a = torch.cat([part[..., :r, :] for (part, _), r in zip(parts, ranks, strict=False)], -2)
+            b = torch.cat([part[..., :r] for (_, part), r in zip(parts, ranks, strict=False)], -1)
+            found.append((delta, a, delta.scale * b))
+        return found

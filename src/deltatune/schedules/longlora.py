@@ -10,8 +10,8 @@ by G/2; the roll puts the sequence's start behind its end in one group, where st
 segments of their flash variant are used here. S need not be a multiple of G. Outside training, and with a cache, the
 attention is the plain one. Beside the pairs the embeddings and norms train, in place.
 
-For a longer context the rotary positions are interpolated linearly by ceil(new length / original length):
-`interpolate_positions(base, length)` does it, and the same call belongs before the adapter is loaded again.
+For a longer context the rotary positions are interpolated linearly by ceil(new length / original length). The adapter's
+configuration keeps the new length (`context_length`), and wherever it is loaded the positions are interpolated again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from deltatune.core.adapters import AdapterSet
 from deltatune.core.attention import PREFIX as EDITED
 from deltatune.core.attention import _eager, goes_through
+from deltatune.core.positions import factor_of, interpolate_positions
 from deltatune.core.sites import base_parameters
 from deltatune.errors import ConfigError
+from deltatune.schedules._as_lora import lora_of, write_with_modules
 from deltatune.schedules._base import changed, check_trainable, write_changed
 from deltatune.schedules.base import Procedure, Run, Schedule, check_whole, procedure
 
@@ -94,6 +96,11 @@ class LongLora(Procedure):
         if self.train and not chosen:
             raise ConfigError(f"train={self.train} is part of no parameter's name in this model; use ['embed', 'norm']")
         check_trainable(run, "LongLoRA", chosen)
+        if self.context is not None and run.adapter and lora_of(run) is None:
+            raise ConfigError(
+                f"context={self.context} is kept in a LoRA's configuration, and this adapter is none, so whoever loads "
+                "it would have the old positions; use LoraConfig"
+            )
         return LongLoraSchedule(run, self, chosen)
 
     @classmethod
@@ -108,37 +115,6 @@ def attentions(root: nn.Module) -> list[nn.Module]:
         for m in root.modules()
         if getattr(m, "is_causal", False) and hasattr(m, "num_key_value_groups") and goes_through(m)
     ]
-
-
-def interpolate_positions(root: nn.Module, length: int) -> int:
-    """Linear interpolation of a model's rotary positions for a longer context; returns the factor.
-
-    A model that reaches that length already stays as it is.
-
-    Raises:
-        ConfigError: its positions are not plain rotary ones.
-    """
-    config: Any = getattr(root, "config", None)
-    known: int | None = getattr(config, "max_position_embeddings", None)
-    if known is None:
-        raise ConfigError(f"{type(root).__name__} does not say how long its context is; leave context out")
-    if known >= length:
-        return 1
-    rotary = [m for m in root.modules() if hasattr(m, "inv_freq") and hasattr(m, "rope_type")]
-    rope = getattr(config, "rope_parameters", None)
-    if not rotary or not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ConfigError(
-            "positions of this model cannot be interpolated, for they are not plain rotary ones; leave context out, or "
-            "set the scaling in the model's own configuration"
-        )
-    factor = math.ceil(length / known)
-    config.rope_parameters = {**rope, "rope_type": "linear", "factor": float(factor)}
-    config.max_position_embeddings = known * factor
-    for module in rotary:
-        fresh: Any = type(module)(config=config).to(next(module.buffers()).device)
-        module.__dict__.update({k: v for k, v in fresh.__dict__.items() if not k.startswith("_") and k != "training"})
-        module._buffers.update(fresh._buffers)
-    return factor
 
 
 # ---------------------------------------------------------------------- attention in groups
@@ -273,13 +249,17 @@ class LongLoraSchedule(Schedule):
     def __init__(self, run: Run, options: LongLora, chosen: dict[str, nn.Parameter]) -> None:
         super().__init__(run)
         self.options, self.chosen = options, chosen
-        self.factor = 1
 
     def begin(self) -> None:
         if self.options.context is not None:
-            self.factor = interpolate_positions(self.run.root, self.options.context)
+            stretched = interpolate_positions(self.run.root, self.options.context) > 1
+            config = lora_of(self.run)
+            if config is not None:
+                config.context_length = self.options.context
+            if stretched:
+                changed(self.run, "LongLoRA")
         enable(self.run.root, self.options)
-        if self.chosen or self.factor > 1:
+        if self.chosen:
             changed(self.run, "LongLoRA")
 
     def base_tensors(self) -> Mapping[str, Tensor]:
@@ -290,10 +270,11 @@ class LongLoraSchedule(Schedule):
 
     def report(self) -> dict[str, Any]:
         """`factor`: by which positions are interpolated; `base_parameters`: how many of the base's numbers train."""
-        return {"factor": self.factor, "base_parameters": sum(p.numel() for p in self.chosen.values())}
+        return {"factor": factor_of(self.run.root), "base_parameters": sum(p.numel() for p in self.chosen.values())}
 
     def save(self, folder: Path) -> bool:
         if not self.chosen:
             return False
-        write_changed(self.run.root, self.chosen.values(), folder, self.run.adapter)
+        if not write_with_modules(self.run, self.chosen, folder):
+            write_changed(self.run.root, self.chosen.values(), folder, self.run.adapter)
         return True
