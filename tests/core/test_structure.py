@@ -10,6 +10,7 @@ from torch import nn
 import deltatune
 from deltatune import get_peft_model
 from deltatune.core.structure import attention_layers, feedforward, feedforward_outputs, find_blocks, fused_experts
+from deltatune.core.sublayers import find_sublayers
 from deltatune.errors import TargetError
 from tiny import shake
 
@@ -150,3 +151,17 @@ def test_methods_run_everywhere(method, name, tmp_path):
 def test_a_model_without_blocks():
     with pytest.raises(TargetError, match="no block is found in this Sequential"):
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_what_a_sub_layer_reads_is_behind_the_blocks_norm_and_not_the_querys():
+    """Qwen 3 norms queries and keys inside its attention."""
+    from methods.transformers_zoo import make
+
+    subs = {s.kind: s for s in find_sublayers(make("qwen")) if s.block.index == 1}
+    assert subs["attention"].residual == "model.layers.1.input_layernorm"
+    assert subs["feedforward"].residual == "model.layers.1.post_attention_layernorm"
+    assert {s.kind: s.adds for s in subs.values()} == {
+        "attention": "model.layers.1.self_attn.o_proj",
+        "feedforward": "model.layers.1.mlp.down_proj",
+    }
+    assert all(s.adds is None for s in find_sublayers(make("gpt_neox")) if s.kind == "attention")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,12 @@ from deltatune.errors import CannotMergeError, ConfigError, TargetError
 from methods.transformers_zoo import ZOO, inputs, make
 from tiny import bert, ids, llama, shake
 
-CONFIGS = {"houlsby": HoulsbyConfig, "pfeiffer": PfeifferConfig, "parallel": ParallelConfig}
+CONFIGS = {
+    "houlsby": HoulsbyConfig,
+    "pfeiffer": PfeifferConfig,
+    "parallel": ParallelConfig,
+    "both_sums": partial(PfeifferConfig, mh_adapter=True, cross_adapter=True, residual_before_ln=False),
+}
 
 
 def logits(model: nn.Module, name: str) -> torch.Tensor:
@@ -31,7 +38,9 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_architecture(name, kind, tmp_path):
-    model = get_peft_model(make(name), CONFIGS[kind](reduction_factor=8))
+    if kind == "both_sums" and name == "gpt_neox":
+        pytest.skip("adds attention and feed-forward to the residual together")
+    model = get_peft_model(make(name), CONFIGS[kind](reduction_factor=2 if kind == "both_sums" else 8))
     shake(model)
     live = logits(model, name)
     assert not torch.allclose(live, logits(make(name), name), atol=1e-3)
@@ -126,6 +135,101 @@ def test_pfeiffer_in_a_pre_norm_layer():
     h = seen["h"]
     wanted = model.get_base_model().model.norm(h + block_of(tensors_at(model, "model.layers.1"), h))
     assert torch.allclose(hidden.hidden_states[-1], wanted, atol=1e-5)
+
+
+def at_sums(model: nn.Module, layer: int = 1) -> dict[str, torch.Tensor]:
+    """f and x of one layer of a Llama's two sums, and what the sums were."""
+    block = model.get_base_model().model.layers[layer]
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        block.input_layernorm.register_forward_hook(lambda m, a, o: seen.update(x=a[0])),
+        block.self_attn.o_proj.register_forward_pre_hook(lambda m, a: seen.update(heads=a[0])),
+        block.post_attention_layernorm.register_forward_hook(lambda m, a, o: seen.update(s1=a[0])),
+        block.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.update(inner=a[0])),
+    ]
+    hidden = model(input_ids=ids(), output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    seen["s2"] = hidden[layer + 1]
+    seen["f1"] = F.linear(seen["heads"], block.self_attn.o_proj.weight)
+    seen["f2"] = F.linear(seen["inner"], block.mlp.down_proj.weight)
+    return seen
+
+
+def test_both_sums_of_a_pre_norm_layer():
+    """s1 = f1 + x + Ad(f1 + x), s2 = f2 + s1 + Ad(f2 + s1); with residual_before_ln=False, x and s1 once more."""
+    for again in (False, True):
+        config = PfeifferConfig(reduction_factor=4, mh_adapter=True, residual_before_ln=not again)
+        model = get_peft_model(llama(num_hidden_layers=3), config)
+        shake(model)
+        v = at_sums(model)
+        s = v["f1"] + v["x"]
+        attention, block = (tensors_at(model, f"model.layers.1.{p}".rstrip(".")) for p in ("self_attn.o_proj", ""))
+        block = {k: t for k, t in block.items() if "." in k and not k.startswith("self")}
+        assert torch.allclose(v["s1"], s + block_of(attention, s) + again * v["x"], atol=1e-5)
+        s = v["f2"] + v["s1"]
+        assert torch.allclose(v["s2"], s + block_of(block, s) + again * v["s1"], atol=1e-5)
+
+
+def granite() -> nn.Module:
+    import transformers
+
+    config = transformers.GraniteConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, residual_multiplier=0.5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.GraniteForCausalLM(config).eval()
+
+
+def test_a_norm_behind_the_sub_layer_is_what_is_added():
+    """Gemma 2 adds norm(f): the adapter reads x + norm(f)."""
+    base = make("gemma")
+    subs = {s.kind: s for s in find_sublayers(base) if s.block.index == 0}
+    assert subs["attention"].adds == "model.layers.0.post_attention_layernorm"
+    assert subs["feedforward"].adds == "model.layers.0.post_feedforward_layernorm"
+    model = get_peft_model(base, PfeifferConfig(reduction_factor=4, mh_adapter=True))
+    shake(model)
+    block, seen = model.get_base_model().model.layers[0], {}
+    block.input_layernorm.register_forward_hook(lambda m, a, o: seen.update(x=a[0]))
+    block.self_attn.o_proj.register_forward_hook(lambda m, a, o: seen.update(f=o))
+    block.pre_feedforward_layernorm.register_forward_hook(lambda m, a, o: seen.update(s=a[0]))
+    model(**inputs("gemma"))
+    norm = type(block.post_attention_layernorm).__mro__[2].forward
+    s = seen["x"] + norm(block.post_attention_layernorm, seen["f"])
+    adapter = tensors_at(model, "model.layers.0.post_attention_layernorm")
+    assert torch.allclose(seen["s"], s + block_of(adapter, s), atol=1e-4)
+
+
+def test_a_parallel_adapter_reads_what_attention_reads():
+    """The normed state, also in T5, whose attention part holds its norm."""
+    for name, path in (("t5", "encoder.block.1.layer.0.SelfAttention"), ("llama", "model.layers.1.self_attn")):
+        model = get_peft_model(make(name), ParallelConfig(reduction_factor=4, mh_adapter=True))
+        shake(model)
+        here, seen = model.get_base_model().get_submodule(path), []
+        normed = path.replace("SelfAttention", "layer_norm").replace("self_attn", "input_layernorm")
+        model.get_base_model().get_submodule(normed).register_forward_hook(lambda m, a, o, s=seen: s.append(o))
+        end = here.get_submodule("o" if name == "t5" else "o_proj")
+        end.register_forward_hook(lambda m, a, o, s=seen: s.append(o))
+        here.register_forward_hook(lambda m, a, o, s=seen: s.append(o[0]))
+        model(**inputs(name))
+        x, plain, out = seen
+        assert torch.allclose(out, plain + 4 * block_of(tensors_at(model, path), x), atol=1e-4)
+
+
+def test_the_sums_of_a_mixed_batch_and_in_generation():
+    model = get_peft_model(llama(), PfeifferConfig(reduction_factor=4, mh_adapter=True))
+    model.add_adapter("other", PfeifferConfig(reduction_factor=8, mh_adapter=True, residual_before_ln=False))
+    shake(model)
+    alone = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone.append(model(input_ids=ids()).logits)
+    mixed = model(input_ids=ids(), adapter_names=["other", "default", "other"]).logits
+    assert torch.allclose(mixed, torch.stack([alone[1][0], alone[0][1], alone[1][2]]), atol=1e-4)
+    model.set_adapter("default")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    cached = model.generate(input_ids=ids(), **options, use_cache=True)
+    assert torch.equal(cached, model.generate(input_ids=ids(), **options, use_cache=False))
 
 
 def test_zero_up_is_the_base_and_equal_tensors_are_equal():
@@ -274,7 +378,15 @@ def test_what_is_refused():
         get_peft_model(llama(), PfeifferConfig(reduction_factor={"0": 4}))
     with pytest.raises(ConfigError, match="reads the sub-layer's input"):
         BottleneckConfig(is_parallel=True, original_ln_before=True)
-    with pytest.raises(ConfigError, match="no module at the sum"):
-        get_peft_model(llama(), PfeifferConfig(mh_adapter=True))
+    for base in (make("gpt_neox"), granite()):
+        with pytest.raises(ConfigError, match="is scaled, or added together with other parts"):
+            get_peft_model(base, PfeifferConfig(mh_adapter=True))
+    with pytest.raises(ConfigError, match='residual_before_ln must be True, False or "post_add"'):
+        PfeifferConfig(residual_before_ln="pre_add")
+    with pytest.raises(ConfigError, match="residual_before_ln is about the sum.*needs original_ln_before"):
+        HoulsbyConfig(residual_before_ln=False)
+    for bad in ({}, {"ln_after": True, "stochastic_depth": 0.1}):
+        with pytest.raises(ConfigError, match="it needs ln_after=True, is_parallel=False and stochastic_depth=0"):
+            PfeifferConfig(adapter_residual_before_ln=True, **bad)
     with pytest.raises(CannotMergeError, match="non-linearity"):
         get_peft_model(llama(), PfeifferConfig()).merge_and_unload()

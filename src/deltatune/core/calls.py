@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import nn
 
-#: stands for a sum of tensors
-SUM = "+"
+#: stands for a sum of tensors, and for a product that goes into one
+SUM, SCALED = "+", "*"
 
 
 def calls(module: nn.Module, path: str, stops: set[str]) -> list[str]:
-    """Paths of `stops` in the order in which `module` calls them, and `SUM` for sums of tensors."""
+    """Paths of `stops` in the order in which `module` calls them, `SUM` for sums of tensors, `SCALED` before one of
+    products."""
     walk = _Calls(module, path, stops)
     walk.function(getattr(module, "_plain", type(module)).forward)
     return walk.found
@@ -115,8 +116,10 @@ class _Calls(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         self.generic_visit(node)
-        if isinstance(node.op, ast.Add) and not any(_is_plain(side) for side in (node.left, node.right)):
-            self.found.append(SUM)
+        sides = (node.left, node.right)
+        if isinstance(node.op, ast.Add) and not any(map(_is_plain, sides)):
+            scaled = any(isinstance(side, ast.BinOp) and isinstance(side.op, ast.Mult) for side in sides)
+            self.found += [SCALED, SUM] if scaled else [SUM]
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.generic_visit(node)

@@ -11,7 +11,7 @@ order in which the block's code names its parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from deltatune.core.calls import SUM, calls
 from deltatune.core.named import UNNAMED, Named, missing
 from deltatune.core.roles import role_of
 from deltatune.core.sites import base_modules, is_linear, is_multihead, is_norm
-from deltatune.core.structure import Block, attention_parts, find_blocks
+from deltatune.core.structure import Block, attention_parts, find_blocks, is_attention
 from deltatune.errors import TargetError
 
 ATTENTION, CROSS, FEEDFORWARD = "attention", "cross", "feedforward"
@@ -44,6 +44,8 @@ class SubLayer:
         residual: the module whose first input is what the sub-layer's output is added to: `reads`, or in pre-norm
             models the norm before it.
         size: of the hidden states.
+        adds: the module whose output, as it is, is a summand of the sub-layer's own residual sum: `output`, or a norm
+            behind it (Gemma 2); None where there is no such sum (parts that run side by side, scaled ones).
     """
 
     kind: str
@@ -53,6 +55,7 @@ class SubLayer:
     norm: str | None
     size: int
     residual: str = ""
+    adds: str | None = None
 
 
 def find_sublayers(model: nn.Module, named: Named = UNNAMED) -> list[SubLayer]:
@@ -74,6 +77,7 @@ class _Parts:
         self.norms = {p for p, m in self.modules.items() if named.is_norm(p, m)}
         if not self.norms and "norm" not in named:  # without, a sum that is normed looks like one that is not
             raise missing(model, "norm", block.path)
+        self.linears = {p for p, m in self.modules.items() if is_linear(m)}
 
     def all(self) -> list[SubLayer]:
         return [*(self.attention(p) for p in self.attentions), self.feedforward()]
@@ -82,9 +86,11 @@ class _Parts:
         norm = self._norm_after(output)
         if NORMS[kind] in self.named:
             norm = next(iter(self.named.inside(NORMS[kind], self.block.path)), None)
-        before = reads if norm is not None else self._norm_before(output) or reads
+        before = reads if norm is not None else self._norm_before(output, reads) or reads
         size = structure.width(self.model, self.block, self.named) or output_size(self.modules[output], output)
-        return SubLayer(kind, self.block, self._with_dropout(output), reads, norm, size, before)
+        end = self._with_dropout(output)
+        added = self._added(output)
+        return SubLayer(kind, self.block, end, reads, norm, size, before, end if added == output else added)
 
     # ------------------------------------------------------------------ attention
     def attention(self, path: str) -> SubLayer:
@@ -93,7 +99,12 @@ class _Parts:
         outputs = self.named.inside("attention_output", path) or self._attention_outputs(path)
         if not outputs:
             raise missing(self.model, "attention_output", path)
-        return self.part(CROSS if cross else ATTENTION, outputs[-1], path)
+        sub = self.part(CROSS if cross else ATTENTION, outputs[-1], path)
+        if not sub.residual.startswith(f"{path}."):
+            return sub
+        # T5's holds the norm before it, too: what reads the norm's output is inside
+        inner = [p for p, m in self.modules.items() if p.startswith(f"{path}.") and is_attention(m)]
+        return replace(sub, reads=next((p for p in inner if sub.output.startswith(f"{p}.")), path))
 
     def _attention_outputs(self, path: str) -> list[str]:
         """The linear layers of an attention that are no query, key or value, in the order of calls if known."""
@@ -149,7 +160,7 @@ class _Parts:
         return path
 
     def _order(self, out: str) -> list[str]:
-        return calls(self.modules[self.block.path], self.block.path, {*self.norms, out})
+        return calls(self.modules[self.block.path], self.block.path, {*self.norms, *self.linears, out})
 
     def _norm_after(self, out: str) -> str | None:
         """The norm called on the sum of a part's output and what came in; None where norms stand before the parts.
@@ -162,10 +173,19 @@ class _Parts:
             return None
         return next((e for e in order[order.index(out) + 1 :] if e in self.norms), None)
 
-    def _norm_before(self, out: str) -> str | None:
-        """The norm whose output a sub-layer reads, in a pre-norm block."""
+    def _added(self, out: str) -> str | None:
+        """What of a part is added to the residual: its output, or the norm of it; None if it is not added alone."""
         order = self._order(out)
-        for event in reversed(order[: order.index(out)] if out in order else []):
+        rest = order[order.index(out) + 1 :] if out in order else []
+        if len(rest) > 1 and rest[0] in self.norms and rest[1] == SUM:
+            return rest[0]
+        return out if rest and rest[0] == SUM else None
+
+    def _norm_before(self, out: str, reads: str) -> str | None:
+        """The norm whose output a sub-layer reads, in a pre-norm block; not one of its own queries and keys."""
+        order = self._order(out)
+        first = (i for i, e in enumerate(order) if e == out or (e in self.linears and f"{e}.".startswith(f"{reads}.")))
+        for event in reversed(order[: next(first, 0)]):
             if event == SUM:
                 return None
             if event in self.norms:

@@ -68,7 +68,6 @@ SAME = [
 #: options of a bottleneck that are read only with this value
 ONLY = {
     "original_ln_after": True,
-    "residual_before_ln": True,
     "factorized_phm_rule": False,
     "phm_bias": True,
     "shared_W_phm": False,
@@ -105,6 +104,11 @@ def _bottleneck(values: Mapping[str, Any]) -> BottleneckConfig:
         options["inv_adapter_reduction_factor"] = values["inv_adapter_reduction_factor"]
     if options.get("is_parallel"):
         options["parallel_reads"] = "residual"
+    # there these are ignored where they mean nothing
+    if options.get("original_ln_before"):
+        options["residual_before_ln"] = values.get("residual_before_ln", True)
+    if options.get("ln_after") and not options.get("is_parallel"):
+        options["adapter_residual_before_ln"] = values.get("adapter_residual_before_ln", False)
     if not values.get("phm_layer"):
         return BottleneckConfig(**options)
     names = ("phm_dim", "phm_rank", "shared_phm_rule", "factorized_phm_W", "phm_init_range")
@@ -230,9 +234,11 @@ def _attention_at(adapters: AdapterSet, edits: list[Edit], path: str) -> Edit | 
 #: that library's names -> ours
 NAMES = {
     "adapter_down.0": "bottleneck_down",
+    "adapter_down.1": "bottleneck_down",
     "adapter_down": "bottleneck_down",
     "adapter_up": "bottleneck_up",
     "adapter_norm_before": "bottleneck_norm_before",
+    "adapter_norm_after": "bottleneck_norm_after",
     "query": "fusion_query",
     "key": "fusion_key",
     "value": "fusion_value",
@@ -247,6 +253,8 @@ def _slot(edit: Edit, leaf: str) -> str | None:
     """The key of our tensor for that library's `leaf`."""
     base, _, last = leaf.rpartition(".")
     name, attr = NAMES.get(base, base), last
+    if isinstance(edit, Bottleneck) and edit.before is not None and base == "adapter_down.0":
+        name = "bottleneck_norm_before"  # a second name of it; D comes behind
     if leaf in ("scaling", "phm_rule"):
         name, attr = ("bottleneck_scaling" if leaf == "scaling" else leaf), ""
     elif base == "gate":

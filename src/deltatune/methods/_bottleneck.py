@@ -86,6 +86,7 @@ class Bottleneck(Edit):
     def __init__(self, config: Any, size: int, m: int, read: int | None = None) -> None:
         super().__init__()
         self.size = size
+        self.inside = config.adapter_residual_before_ln
         self.act, self.dropout, self.depth = activation(config.non_linearity), config.dropout, config.stochastic_depth
         self.down, self.up = config.maps(self, read or size, m, size)
         self.scale: float | Slot = config.scaling
@@ -101,8 +102,12 @@ class Bottleneck(Edit):
     def _norm(self, name: str, size: int) -> tuple[Slot, Slot]:
         return self.tensor(name, torch.ones(size)), self.tensor(name, torch.zeros(size), leaf="bias")
 
-    def change(self, h: Tensor) -> Tensor:
-        """Ad(h), in the block's own precision; `h: (…, d)`."""
+    def change(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Ad(h), in the block's own precision; `h: (…, d)`.
+
+        Args:
+            residual: what the block's own norm behind U takes in beside U's output.
+        """
         training = self.host.training
         h = h.to(self.slots[0].weight.dtype)
         gate = None if self.gate is None else torch.sigmoid(self.gate(h))
@@ -115,7 +120,7 @@ class Bottleneck(Edit):
         if self.dropout:
             x = F.dropout(x, self.dropout, training)
         if self.after is not None:
-            x = _layer_norm(x, *self.after)
+            x = _layer_norm(x if residual is None else x + residual.to(x.dtype), *self.after)
         if self.depth and training:  # a whole row's update is left out by chance (arXiv 1603.09382)
             keep = (torch.rand(x.shape[0], device=x.device) >= self.depth).to(x.dtype) / (1 - self.depth)
             x = x * keep.view(-1, *([1] * (x.ndim - 1)))
@@ -123,41 +128,16 @@ class Bottleneck(Edit):
 
 
 class AfterOutput(Bottleneck):
-    """Reads what its host gives and adds to it: f + Ad(f), on a sub-layer's end or on a pre-norm block (the sum)."""
+    """Reads what its host gives and adds to it, on a sub-layer's end: f + Ad(f)."""
 
     reads_output = True
 
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
-        return self.change(y)
+        return self.change(y, y) - y if self.inside else self.change(y)
 
     def query(self, value: Tensor) -> Tensor:
         """What a fusion asks with."""
         return value
-
-
-class OnSum(Bottleneck):
-    """At the norm behind a residual sum s: the norm is called on s + Ad(norm(s))."""
-
-    def pre(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        (s,) = args if args else kwargs.values()
-        return (s + self.change(self._normed(s)).to(s.dtype),), {}
-
-    def query(self, value: Tensor) -> Tensor:
-        """What a fusion asks with: what the adapters read."""
-        return self._normed(value)
-
-    def _normed(self, s: Tensor) -> Tensor:
-        from deltatune.core.hosts import base_forward
-
-        out: Tensor = base_forward(self.host)(s)
-        return out
-
-
-class Beside(Bottleneck):
-    """Parallel: reads the input of its host, a whole sub-layer, and adds to its output."""
-
-    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
-        return self.change(x)
 
 
 class Reader(Witness):
@@ -172,6 +152,95 @@ class Reader(Witness):
     def see(self, args: Args, kwargs: Kwargs) -> None:
         self.noted = args[0] if args else next(iter(kwargs.values()))
 
+    def rows(self, edit: Edit, like: Tensor) -> Tensor:
+        """What was noted for those rows of a mixed batch that are an edit's; `like` has their shape.
+
+        Raises:
+            ConfigError: the rows cannot be told apart.
+        """
+        noted, host = self.noted, edit.host
+        assert noted is not None, "the start of a sub-layer runs before its end"
+        plan: Any = host.plan
+        if plan.state.rows is not None:
+            name = next(n for n, edits in host._edits.items() if edit in edits)  # type: ignore[union-attr,operator]
+            noted = noted[plan.state.rows.index(plan.state.rows_of(name), noted.shape[0], noted.device, str(host.path))]
+        if noted.shape[:-1].numel() == like.shape[:-1].numel():  # a part may run with batch and positions flattened
+            noted = noted.view(*like.shape[:-1], -1)
+        if noted.shape[:-1] != like.shape[:-1]:
+            raise ConfigError(f"an adapter that reads one module and changes another cannot be split at {host.path!r}")
+        return noted
+
+
+class AtSum(Bottleneck):
+    """Reads the residual sum s = f + x, as h, and replaces f by r + Ad(h); subclasses say where.
+
+        r = f (`residual_before_ln=True`), h (False), or s (`"post_add"`)
+
+    Args:
+        reader: notes x; None where it is not needed.
+    """
+
+    def __init__(self, config: Any, size: int, m: int, reader: Reader | None) -> None:
+        super().__init__(config, size, m)
+        self.around, self.reader = config.residual_before_ln, reader
+
+    def changed(self, s: Tensor, h: Tensor) -> Tensor:
+        """What the sum becomes: x + r + Ad(h), or x + LN(r + U f(D h)) with the residual inside the adapter's norm."""
+        if self.around is True and not self.inside:
+            return s + self.change(h).to(s.dtype)
+        assert self.reader is not None
+        x = self.reader.rows(self, s)
+        r = s - x if self.around is True else h if self.around is False else s
+        return x + (self.change(h, r) if self.inside else r + self.change(h)).to(s.dtype)
+
+    def query(self, value: Tensor) -> Tensor:
+        """What a fusion asks with: what the adapters read."""
+        return value
+
+
+class OnSum(AtSum):
+    """At the norm behind a residual sum, which is what the adapter reads: h = norm(s)."""
+
+    def pre(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        (s,) = args if args else kwargs.values()
+        return (self.changed(s, self.query(s)),), {}
+
+    def query(self, value: Tensor) -> Tensor:
+        from deltatune.core.hosts import base_forward
+
+        out: Tensor = base_forward(self.host)(value)
+        return out
+
+
+class OnBlock(AtSum):
+    """At a block that ends with the sum: h = s."""
+
+    reads_output = True
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.change(y) if self.reader is None else self.changed(y, y) - y
+
+
+class BeforeSum(AtSum):
+    """At the end of a sub-layer whose output f goes into a sum inside of a block: h = s."""
+
+    reads_output = True
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        s = self.query(y)
+        return self.change(s) if self.around is True and not self.inside else self.changed(s, s) - s
+
+    def query(self, value: Tensor) -> Tensor:
+        assert self.reader is not None
+        return value + self.reader.rows(self, value)
+
+
+class Beside(Bottleneck):
+    """Parallel: reads the input of its host, a whole sub-layer, and adds to its output."""
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.change(x)
+
 
 class BesideReader(Bottleneck):
     """Parallel, where the sub-layer starts in another module, whose input `reader` notes."""
@@ -181,18 +250,7 @@ class BesideReader(Bottleneck):
         self.reader = reader
 
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
-        noted = self.reader.noted
-        assert noted is not None, "the start of a sub-layer runs before its end"
-        host: Any = self.host
-        rows = host.plan.state.rows
-        if rows is not None:
-            name = next(n for n, edits in host._edits.items() if self in edits)
-            noted = noted[rows.index(host.plan.state.rows_of(name), noted.shape[0], noted.device, host.path)]
-        if noted.shape[:-1] != y.shape[:-1]:
-            raise ConfigError(
-                f"a parallel adapter that starts and ends in two modules cannot be split at {host.path!r}"
-            )
-        return self.change(noted)
+        return self.change(self.reader.rows(self, y))
 
 
 def _layer_norm(x: Tensor, gain: Slot, bias: Slot) -> Tensor:

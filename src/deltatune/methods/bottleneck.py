@@ -28,10 +28,12 @@ from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError, TargetError
 from deltatune.methods._bottleneck import (
     AfterOutput,
+    BeforeSum,
     Beside,
     BesideReader,
     Bottleneck,
     Dense,
+    OnBlock,
     OnSum,
     Reader,
     activation,
@@ -41,7 +43,7 @@ from deltatune.methods._invertible import invertible
 from deltatune.methods.ln_tuning import NormValue
 
 #: what a sub-layer's adapter is attached to
-OUTPUT, SUM, BLOCK, WHOLE, READER = "output", "norm", "block", "sub-layer", "reader"
+OUTPUT, SUM, BLOCK, ADDED, WHOLE, READER = "output", "norm", "block", "summand", "sub-layer", "reader"
 
 
 @register
@@ -56,6 +58,9 @@ class BottleneckConfig(StructuredConfig):
             through the model, an encoder's first.
         non_linearity: f. scaling: s, or `"learned"` (one number), or `"channel"` (one per feature).
         original_ln_before: the adapter reads the residual sum (normed, where the model norms it) and not f.
+        residual_before_ln: with `original_ln_before`, what Ad is added to beside x: True, f; False, what it reads;
+            `"post_add"`, the sum. The last two bring x in twice, and the model does not start as the base.
+        adapter_residual_before_ln: with `ln_after`, that goes into the adapter's own norm with U's output.
         is_parallel: the adapter reads the sub-layer's input.
         parallel_reads: `"sub-layer"`, what the sub-layer itself
             reads, or `"residual"`, the same before a pre-norm block's norm (as the library `adapters` does).
@@ -82,8 +87,10 @@ class BottleneckConfig(StructuredConfig):
     original_ln_before: bool = False
     is_parallel: bool = False
     parallel_reads: str = "sub-layer"
+    residual_before_ln: bool | str = True
     ln_before: bool = False
     ln_after: bool = False
+    adapter_residual_before_ln: bool = False
     use_gating: bool | str = False
     dropout: float = 0.0
     stochastic_depth: float = 0.0
@@ -119,6 +126,15 @@ class BottleneckConfig(StructuredConfig):
             raise ConfigError(f'parallel_reads must be "sub-layer" or "residual", not {self.parallel_reads!r}')
         if self.is_parallel and self.original_ln_before:
             raise ConfigError("a parallel adapter reads the sub-layer's input, so original_ln_before means nothing")
+        if self.residual_before_ln not in (True, False, "post_add"):
+            raise ConfigError(f'residual_before_ln must be True, False or "post_add", not {self.residual_before_ln!r}')
+        if self.residual_before_ln is not True and not self.original_ln_before:
+            raise ConfigError("residual_before_ln is about the sum that the adapter reads; it needs original_ln_before")
+        if self.adapter_residual_before_ln and (not self.ln_after or self.is_parallel or self.stochastic_depth):
+            raise ConfigError(
+                "adapter_residual_before_ln puts the residual into the adapter's own norm; it needs ln_after=True, "
+                "is_parallel=False and stochastic_depth=0"
+            )
         if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
             raise ConfigError("mh_adapter, output_adapter and cross_adapter are all off, so there is nothing to train")
 
@@ -131,10 +147,10 @@ class BottleneckConfig(StructuredConfig):
         self._places, found = {}, []
         self._readers.clear()
         for number, sub in self._sublayers(model):
-            kind, host, pattern = self._place(model, sub)
+            kind, host = self._place(model, sub)
             self._places[host] = (kind, sub, number)
-            found.append(Site(host, None, pattern=pattern))
-            if kind == READER:
+            found.append(Site(host, None, pattern=sub.kind))
+            if self._has_reader(kind):
                 start = self._start(sub)
                 self._places[start] = ("", sub, number)
                 found.insert(-1, Site(start, None, pattern="reads"))
@@ -177,27 +193,35 @@ class BottleneckConfig(StructuredConfig):
             raise TargetError(f"layers_to_transform names layer {absent[0]}, and the model has layers 0 to {count - 1}")
         return layers - set(self.leave_out)
 
-    def _place(self, model: nn.Module, sub: SubLayer) -> tuple[str, str, str]:
-        """(kind of place, the host, what selected it)."""
+    def _place(self, model: nn.Module, sub: SubLayer) -> tuple[str, str]:
+        """(kind of place, the host)."""
         if self.is_parallel:
             if self.parallel_reads == "residual" and sub.residual not in ("", sub.reads):
-                return READER, sub.output, sub.kind
+                return READER, sub.output
             whole = sub.output == sub.reads or sub.output.startswith(f"{sub.reads}.")
-            return (WHOLE, sub.reads, sub.kind) if whole else (READER, sub.output, sub.kind)
+            return (WHOLE, sub.reads) if whole else (READER, sub.output)
         if not self.original_ln_before or sub.block.stack is None:
-            return OUTPUT, sub.output, sub.kind
+            return OUTPUT, sub.output
         if sub.norm is not None:
-            return SUM, sub.norm, sub.kind
+            return SUM, sub.norm
         if sub.kind == FEEDFORWARD:  # a pre-norm block ends with the sum
-            return BLOCK, sub.block.path, sub.kind
+            return BLOCK, sub.block.path
+        if sub.adds is not None:
+            return ADDED, sub.adds
         raise ConfigError(
-            f"{type(model).__name__} norms before its sub-layers, so there is no module at the sum behind "
-            f"{sub.output!r}; set original_ln_before=False or mh_adapter=False"
+            f"what {sub.output!r} gives is scaled, or added together with other parts, so there is no sum of its own "
+            f"in {type(model).__name__} that an adapter could read; set original_ln_before=False or mh_adapter=False"
         )
 
+    def _has_reader(self, kind: str) -> bool:
+        """Whether an adapter there needs what another module reads."""
+        apart = self.residual_before_ln is not True or self.adapter_residual_before_ln
+        return kind in (READER, ADDED) or (kind in (SUM, BLOCK) and apart)
+
     def _start(self, sub: SubLayer) -> str:
-        """The module whose input a parallel adapter reads."""
-        return sub.residual if self.parallel_reads == "residual" and sub.residual else sub.reads
+        """The module whose input such an adapter reads."""
+        residual = self.original_ln_before or self.parallel_reads == "residual"
+        return sub.residual if residual and sub.residual else sub.reads
 
     def _norms(self, model: nn.Module) -> list[Site]:
         taken = {host for host, (kind, _, _) in self._places.items() if kind == SUM}
@@ -229,8 +253,10 @@ class BottleneckConfig(StructuredConfig):
             if getattr(find_op(module), "looks_up", False):
                 raise ConfigError(f"{site.path!r} reads tokens, so no parallel adapter can stand beside it")
             return Beside(self, sub.size, m, reads_size(module, sub))
-        made = {OUTPUT: AfterOutput, SUM: OnSum, BLOCK: AfterOutput}[kind]
-        return made(self, sub.size, m)
+        if kind == OUTPUT:
+            return AfterOutput(self, sub.size, m)
+        reader = self._readers[self._start(sub)] if self._has_reader(kind) else None
+        return {SUM: OnSum, BLOCK: OnBlock, ADDED: BeforeSum}[kind](self, sub.size, m, reader)
 
     def extras(self, model: nn.Module, made: Sequence[tuple[Site, list[Edit]]]) -> list[tuple[Site, list[Edit]]]:
         if self.inv_adapter is None:
