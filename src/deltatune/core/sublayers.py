@@ -103,8 +103,8 @@ class _Parts:
         if not sub.residual.startswith(f"{path}."):
             return sub
         # T5's holds the norm before it, too: what reads the norm's output is inside
-        inner = [p for p, m in self.modules.items() if p.startswith(f"{path}.") and is_attention(m)]
-        return replace(sub, reads=next((p for p in inner if sub.output.startswith(f"{p}.")), path))
+        within = [p for p, m in self.modules.items() if p.startswith(f"{path}.") and is_attention(m)]
+        return replace(sub, reads=next((p for p in within if sub.output.startswith(f"{p}.")), path))
 
     def _attention_outputs(self, path: str) -> list[str]:
         """The linear layers of an attention that are no query, key or value, in the order of calls if known."""
