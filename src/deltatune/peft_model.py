@@ -30,6 +30,7 @@ from deltatune.core.files import (
     read_tensors,
     split_hub_options,
 )
+from deltatune.core.rounding import Rounding
 from deltatune.errors import AdapterNameError, BaseMismatchError, ConfigError, DeltatuneError
 from deltatune.inits import loading
 from deltatune.state import get_peft_model_state_dict, write_adapter
@@ -139,17 +140,27 @@ class BaseTuner(nn.Module):
         adapter_names: list[str] | None = None,
         safe_merge: bool = False,
         into: Literal["dense", "same"] = "dense",
+        rounding: Literal["dithered", "nearest"] | None = None,
     ) -> None:
         """Folds adapters (the active ones if none are named) into the base's weights, reversibly.
 
         Args:
             into: what a weight in few bits becomes: an ordinary one, or one of the same storage (which rounds).
+            rounding: how `"same"` rounds; default: as `set_merge_aware` did, else dithered.
         """
-        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=_same(into))
+        names = adapter_names or self.active_adapters
+        self.adapters.merge(names, safe=safe_merge, same=self._same(into, rounding))
 
-    def set_merge_aware(self, enabled: bool = True) -> None:
-        """Makes adapters on quantised weights run, and train, as a merge into the same storage would leave them."""
-        self.adapters.merge_aware(enabled)
+    def set_merge_aware(
+        self, enabled: bool = True, rounding: Literal["dithered", "nearest"] = "dithered", seed: int = 0
+    ) -> None:
+        """Makes adapters on quantised weights run, and train, as a merge into the same storage would leave them.
+
+        Args:
+            rounding: `"dithered"` lets changes below half a step through, `"nearest"` quantises the sum anew.
+            seed: of the dither.
+        """
+        self.adapters.merge_aware(Rounding(rounding, seed) if enabled else None)
 
     def unmerge_adapter(self) -> None:
         """Gives the base its own numbers back, bit for bit."""
@@ -163,21 +174,36 @@ class BaseTuner(nn.Module):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         into: Literal["dense", "same"] = "dense",
+        rounding: Literal["dithered", "nearest"] | None = None,
     ) -> nn.Module:
         """The base with adapters folded into it and no trace of them otherwise.
 
         Args:
             into: `"dense"` gives a model of ordinary weights in 16 or 32 bits; `"same"` keeps a quantised base's
                 storage and rounds the merged weights to it.
+            rounding: how `"same"` rounds; default: as `set_merge_aware` did, else dithered.
 
         Raises:
             CannotMergeError: an adapter has no equivalent weight.
         """
         from deltatune.stores.dense import dequantize_model
 
-        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=_same(into))
+        same = self._same(into, rounding)
+        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=same)
         base = self.adapters.remove_all()
-        return base if _same(into) else dequantize_model(base)
+        return base if same is not None else dequantize_model(base)
+
+    def _same(self, into: str, rounding: str | None) -> Rounding | None:
+        if into not in ("dense", "same"):
+            raise ConfigError(f'into must be "dense" or "same", not {into!r}')
+        if into == "dense":
+            if rounding is not None:
+                raise ConfigError(
+                    f'rounding={rounding!r} is for into="same": dense weights are not rounded to few bits'
+                )
+            return None
+        trained = self.adapters.plan.rounding or Rounding()
+        return trained if rounding in (None, trained.kind) else Rounding(str(rounding))
 
     def unload(self) -> nn.Module:
         """The plain base, bit for bit as it was before any adapter.
@@ -188,12 +214,6 @@ class BaseTuner(nn.Module):
         self.adapters.check_base()
         self.adapters.unmerge()
         return self.adapters.remove_all()
-
-
-def _same(into: str) -> bool:
-    if into not in ("dense", "same"):
-        raise ConfigError(f'into must be "dense" or "same", not {into!r}')
-    return into == "same"
 
 
 class PeftModel(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deltatune import LoraConfig, PeftModel, get_peft_model
+from deltatune.core.rounding import TABLE, draws
 from deltatune.errors import CannotMergeError, ConfigError
 from deltatune.stores import find_store, quantised
 from deltatune.stores.dense import dequantize_model
@@ -94,6 +95,69 @@ def test_merging_three_ways_and_unmerging_to_the_bit(kind):
 
 
 @each
+def test_dither_keeps_small_changes_in_the_mean_and_nothing_else(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 128)
+    layer.weight.data = torch.randn(128, 128) * 0.04
+    layer = HERE[kind](layer)
+    weight, before = quantised(layer), stored(layer)
+    store = find_store(weight)
+    base = store.load(weight).float()
+    draw = draws("layer.weight", base.numel(), 0, base.device).view(base.shape)
+    same = store.move(weight, torch.zeros_like(base), draw)
+    assert torch.equal(store.load(same).float(), base)
+    change = 1e-3 * (1 + torch.rand_like(base))  # a twentieth of a step of 4 bits
+    change[::2] *= -1
+    got = store.load(store.move(weight, change, draw)).float() - base
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert float(got[rows].mean() / change[rows].mean()) == pytest.approx(1, abs=0.15)
+    assert bool((got * change >= 0).all())  # every number stays or goes the way of its change
+    assert torch.equal(store.load(store.move(weight, change, draw)).float() - base, got)
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(layer), strict=True))
+    large = torch.randn_like(base)  # many steps, and past the ends of the grid
+    far = store.load(store.move(weight, large, draw)).float() - base
+    assert bool((far * large >= 0).all())
+    assert float((far.abs() - large.abs()).max()) < 0.1
+
+
+@each
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+def test_a_merge_is_what_ran_merge_aware(kind, rounding):
+    model, x = adapted(kind), torch.randn(2, 3, 128)
+    model.set_merge_aware(rounding=rounding, seed=3)
+    aware = model(x)
+    model.merge_adapter(into="same")  # rounds as the model is set to
+    tolerance = 5e-3 if kind == "bnb_int8" else 1e-5
+    assert torch.allclose(model(x), aware, atol=tolerance)
+    model.unmerge_adapter()
+    if rounding == "dithered":
+        model.set_merge_aware(seed=4)
+        assert not torch.equal(model(x), aware)
+
+
+def test_draws():
+    draw = draws("a.weight", 5000, 0, torch.device("cpu"))
+    assert 0 < float(draw.min()) < 1e-3 < 0.999 < float(draw.max()) < 1
+    assert float(draw.mean()) == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(draws("a.weight", 100, 0, torch.device("cpu")), draw[:100])
+    assert not torch.equal(draws("b.weight", 5000, 0, torch.device("cpu")), draw)
+    assert not torch.equal(draws("a.weight", 5000, 1, torch.device("cpu")), draw)
+    many = draws("a.weight", 2 * TABLE + 5, 0, torch.device("cpu"))
+    assert len(many) == 2 * TABLE + 5
+    assert torch.equal(many[:TABLE], many[TABLE : 2 * TABLE])
+
+
+def test_a_store_without_a_grid_says_so(monkeypatch):
+    from deltatune.stores.nf4_layer import Nf4Store
+
+    model = adapted("nf4")
+    monkeypatch.delattr(Nf4Store, "move")
+    with pytest.raises(CannotMergeError, match=r"the weight of 'layer' cannot be rounded with dither; ask for"):
+        model.merge_adapter(into="same")
+    model.merge_adapter(into="same", rounding="nearest")
+
+
+@each
 def test_unloaded_is_an_ordinary_model(kind):
     model, x = adapted(kind), torch.randn(2, 3, 128)
     live = model(x)
@@ -161,6 +225,12 @@ def test_what_merge_aware_refuses():
         model.set_merge_aware()
     with pytest.raises(ConfigError, match='into must be "dense" or "same"'):
         model.merge_adapter(into="4bit")
+    with pytest.raises(ConfigError, match='rounding must be "dithered" or "nearest"'):
+        model.merge_adapter(into="same", rounding="up")
+    with pytest.raises(ConfigError, match='is for into="same": dense weights are not rounded'):
+        model.merge_adapter(rounding="nearest")
+    with pytest.raises(ConfigError, match='rounding must be "dithered" or "nearest"'):
+        model.set_merge_aware(rounding="up")
 
 
 def test_a_storage_that_cannot_be_written_back(monkeypatch):
@@ -169,11 +239,14 @@ def test_a_storage_that_cannot_be_written_back(monkeypatch):
     from deltatune.stores import ao
 
     monkeypatch.setattr(ao, "MAKERS", {})
+    monkeypatch.setattr(ao, "MOVERS", {})
     model, x = adapted("ao_int8"), torch.randn(2, 3, 128)
     live, before = model(x), stored(model.get_base_model().layer)
     with pytest.raises(CannotMergeError, match="cannot be written back; merge into dense weights"):
+        model.merge_adapter(into="same", rounding="nearest")
+    with pytest.raises(CannotMergeError, match="cannot be rounded with dither; merge into dense weights"):
         model.merge_adapter(into="same")
-    with pytest.raises(CannotMergeError, match="cannot be written back"):
+    with pytest.raises(CannotMergeError, match='ask for rounding="nearest"'):
         model.set_merge_aware()
     assert torch.equal(model(x), live)
     assert all(torch.equal(a, b) for a, b in zip(before, stored(model.get_base_model().layer), strict=True))

@@ -21,7 +21,10 @@ ModelOption = Annotated[
     typer.Option("--model", "-m", help="Base model, instead of the one the adapter names."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps …; default: a GPU if any.")]
-QuantOption = Annotated[str | None, typer.Option(help="Load the base quantised: 4bit, fp4, 8bit or native.")]
+QuantOption = Annotated[
+    str | None,
+    typer.Option(help="Storage of the base: 4bit, fp4, 8bit, native or none; default: an adapter's in its training."),
+]
 
 
 class Dtype(str, Enum):

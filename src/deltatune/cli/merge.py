@@ -42,6 +42,10 @@ def merge_command(
         str,
         typer.Option(help="dense: ordinary weights, a quantised base's unpacked; same: the base's own few bits."),
     ] = "dense",
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="With --into same: dithered or nearest; default: as it was trained, else dithered."),
+    ] = None,
     quantization: Annotated[
         str | None, typer.Option(help="Storage of the base in training, if the adapter's run does not say it.")
     ] = None,
@@ -69,6 +73,8 @@ def merge_command(
         raise ValueError("--prompt is for the comparison that --no-verify leaves out")
     where = find_target(target, model)
     console = common.err()
+    if rounding is not None and into != "same":
+        raise ValueError(f"--rounding {rounding} goes with --into same, since ordinary weights keep every change")
     if into == "same" and stream:
         raise ValueError("--stream writes ordinary weights, so --into same does not go with it")
     if stream or (stream is None and into == "dense" and too_large(where)):
@@ -87,6 +93,7 @@ def merge_command(
             device=device,
             quantization=quantization,
             into=into,
+            rounding=rounding,
         )
     _show(done, as_json)
 

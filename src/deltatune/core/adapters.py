@@ -22,6 +22,7 @@ from deltatune.core.copies import ModuleCopy
 from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit, Slot
 from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_paths, unhost
 from deltatune.core.plan import BASE, Plan, RowPlan, State
+from deltatune.core.rounding import Rounding
 from deltatune.core.sites import Site, base_modules, saved_modules
 from deltatune.core.weights import WeightRef
 from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, hint
@@ -353,11 +354,11 @@ class AdapterSet:
                     param.requires_grad_(value)
 
     # ------------------------------------------------------------------ merging
-    def merge(self, names: Sequence[str], *, safe: bool = False, same: bool = False) -> None:
+    def merge(self, names: Sequence[str], *, safe: bool = False, same: Rounding | None = None) -> None:
         """Folds adapters into the base weights, in float32; the originals are kept for `unmerge`.
 
         Args:
-            same: into the base's own storage, which rounds where that is quantised; otherwise into dense weights.
+            same: into the base's own storage, and how to round where that is quantised; None for dense weights.
 
         Raises:
             CannotMergeError: one of them has no equivalent weight. ConfigError: a result is not finite.
@@ -380,14 +381,17 @@ class AdapterSet:
             self.merge(rest, same=same)
         self.plan.refresh()
 
-    def merge_aware(self, value: bool = True) -> None:
+    def merge_aware(self, how: Rounding | None) -> None:
         """Makes live adapters compute with the weight that a merge into the base's own storage would leave, or not.
+
+        Args:
+            how: such a merge rounds; None ends it.
 
         Raises:
             ConfigError: no quantised weight is adapted, or a method drops inputs at random.
-            CannotMergeError: a storage cannot be written back.
+            CannotMergeError: a storage cannot be written back so.
         """
-        if value:
+        if how is not None:
             deltas = [d for name in self.configs for d in self.deltas(name) if not d.ref.store.exact]
             if not deltas:
                 raise ConfigError(
@@ -403,8 +407,8 @@ class AdapterSet:
                         )
             with torch.no_grad():
                 for store in {type(d.ref.store): d for d in deltas}.values():
-                    store.ref.store.save(store.ref.param, store.ref.store.load(store.ref.param))
-        self.plan.rounds = value
+                    how.write(store.ref, store.ref.store.load(store.ref.param))
+        self.plan.rounding = how
 
     # ------------------------------------------------------------------ looking
     def parameters(self, name: str) -> list[Tensor]:

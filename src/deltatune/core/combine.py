@@ -142,15 +142,15 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
     edits = _edits(host, state)
     if not edits:
         return base(*args, **kwargs)
-    if len(edits) == 1 and len(args) == 1 and not kwargs and not host.plan.merged and not host.plan.rounds:
+    if len(edits) == 1 and len(args) == 1 and not kwargs and not host.plan.merged and host.plan.rounding is None:
         whole = edits[0].whole(args[0], base)
         if whole is not None:
             return whole
     for edit in edits:
         args, kwargs = edit.pre(args, kwargs)
     additive = [e for e in edits if is_additive(e)]
-    if host.plan.rounds:
-        additive = rounding.join(additive)
+    if host.plan.rounding is not None:
+        additive = rounding.join(additive, host.plan.rounding)
     if not additive:
         return call(base, edits, args, kwargs)
     x = first_tensor(args, kwargs)
@@ -235,7 +235,7 @@ def _row_edits(host: Any, name: Node) -> list[Edit]:
     if isinstance(name, Composition):
         return composed(host, name, is_additive, changes_input)
     edits = [e for e in host.edits_of((name,)) if not isinstance(e, (PromptEdit, KVEdit, Witness))]
-    return rounding.join(edits) if host.plan.rounds else edits
+    return edits if host.plan.rounding is None else rounding.join(edits, host.plan.rounding)
 
 
 def changes_input(edit: Edit) -> bool:

@@ -1,7 +1,7 @@
 """Merging, written once: fold in float32, keep the base's own parameters, give them back bit for bit.
 
 A weight in few bits becomes an ordinary dense weight (its layer an ordinary layer) where its store says which, since
-writing back rounds the adapter away; `same=True` asks for the storage the base has.
+writing back rounds; `same` asks for the storage the base has, and says how to round (`rounding`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deltatune.core.bank import Bank
 from deltatune.core.combine import fold, refuse_merge
 from deltatune.core.edits import Delta, Edit, ModuleEdit
 from deltatune.core.hosts import Host, hosted_class
+from deltatune.core.rounding import Rounding
 from deltatune.core.sites import base_modules
 from deltatune.errors import ConfigError
 from deltatune.stores import find_store, put_weight, strip, table_of, weight_of
@@ -62,20 +63,25 @@ class Merged:
         self._before: dict[int, tuple[type, list[str]]] = {}
         self._refs: list[Delta] = []
         self._tied: Any = None
-        #: whether the base's own storage was kept
-        self.same = False
+        #: how numbers were rounded to the base's own storage; None if that was not kept
+        self.same: Rounding | None = None
 
     def __bool__(self) -> bool:
         return bool(self.originals)
 
     @torch.no_grad()
     def fold(
-        self, adapters: Sequence[tuple[str, Sequence[Edit]]], *, safe: bool, root: nn.Module, same: bool = False
+        self,
+        adapters: Sequence[tuple[str, Sequence[Edit]]],
+        *,
+        safe: bool,
+        root: nn.Module,
+        same: Rounding | None = None,
     ) -> None:
         """Puts the folded weights of all these adapters in place; nothing changes if one cannot merge.
 
         Args:
-            same: keep the base's storage, which rounds where that is quantised.
+            same: keep the base's storage, and how to round where that is quantised; None for dense weights.
         """
         edits = [edit for _, es in adapters for edit in es if not isinstance(edit, Bank)]
         for edit in edits:
@@ -96,7 +102,9 @@ class Merged:
                 delta.ref.original = self.originals[key]
         self._refs += [e for e in edits if isinstance(e, Delta)]
 
-    def _folded_deltas(self, edits: Sequence[Edit], safe: bool, same: bool, root: nn.Module) -> Iterator[New]:
+    def _folded_deltas(
+        self, edits: Sequence[Edit], safe: bool, same: Rounding | None, root: nn.Module
+    ) -> Iterator[New]:
         groups: dict[tuple[int, str], list[Delta]] = {}
         for edit in edits:
             if isinstance(edit, Delta):
@@ -109,10 +117,12 @@ class Merged:
                     f"merging {ref.module.path!r} would give numbers that are not finite; the adapter is broken"
                 )
             own = self._before.get(id(ref.owner), (type(ref.owner), []))[0]
-            plain = None if same or ref.store.exact else getattr(ref.store, "dense_layer", None)
-            if plain is None:
-                kind = None if ref.store.exact else own
-                yield New(ref.owner, ref.leaf, ref.store.save(ref.param, full), kind, deltas)
+            if ref.store.exact:
+                yield New(ref.owner, ref.leaf, ref.store.save(ref.param, full), None, deltas)
+                continue
+            plain = getattr(ref.store, "dense_layer", None)
+            if same is not None or plain is None:
+                yield New(ref.owner, ref.leaf, (same or Rounding()).write(ref, full), own, deltas)
             else:
                 dense = nn.Parameter(full.to(dense_dtype(ref.store, ref.param, root)), requires_grad=False)
                 yield New(ref.owner, ref.leaf, dense, plain_class(own, plain), deltas)

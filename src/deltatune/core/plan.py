@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from deltatune.core.composition import BASE as BASE
 from deltatune.core.composition import Composition, Node, leaves
 from deltatune.errors import MixedBatchError
+
+if TYPE_CHECKING:
+    from deltatune.core.rounding import Rounding
 
 T = TypeVar("T")
 
@@ -122,8 +125,8 @@ class Plan:
         self.enabled = True
         #: AdapterDrop: adapters in layers below this number do not run
         self.dropped = 0
-        #: merge-aware: quantised weights run as a merge into their storage would leave them
-        self.rounds = False
+        #: merge-aware: quantised weights run as a merge into their storage would leave them; how it rounds
+        self.rounding: Rounding | None = None
         self.state = State()
         #: one task number per row of this call, for methods with a prompt per task
         self.tasks: torch.Tensor | None = None

@@ -1,36 +1,121 @@
-"""Merge-aware training: the call computes with the weight that a merge into the base's own storage would leave.
+"""Writing a merged weight back into few bits, and merge-aware training, which computes with what such a merge leaves.
 
-    W' = load(save(merged(W)))        forward: y + (W' - W) x;  backward: as if save and load changed nothing
+A quantised weight lies on its grid exactly, so a merge to the nearest code undoes every change below half a step, which
+is nearly all of a fine-tune. `"dithered"` rounds each number up or down by a draw of its own (`stores.grid`): the mean
+of the merged weight is `W + ΔW`, a weight without a change keeps its bytes, and so do the scales. The draws come from a
+seed and the weight's path, so that every merge of one adapter gives the same bytes. `"nearest"` quantises the sum anew.
+
+Merge-aware training runs a merged weight as it will be written:
+
+    W' = load(write(merged(W)))        forward: y + (W' - W) x;  backward: as if write and load changed nothing
 
 The straight-through estimator (arXiv 1308.3432) passes the gradient of W' to merged(W) as it is. What such training
-ends with is the merged model itself: merging rounds to the numbers that the last forward pass used.
+ends with is the merged model itself.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from deltatune.core.edits import Delta, Edit
+from deltatune.errors import CannotMergeError, ConfigError
+
+#: draws in the table that all weights read, each from a place of its own; a prime, so that rows do not line up
+TABLE = 1_048_583
+KINDS = ("dithered", "nearest")
 
 
-def rounded(value: Tensor, ref: Any) -> Tensor:
-    """`value`, in the parameter's layout, as the base's storage would hold it; the gradient passes straight through."""
-    with torch.no_grad():
-        there: Tensor = ref.store.load(ref.store.save(ref.param, value.detach())).to(value.dtype)
-    through: Tensor = value + (there - value).detach()
-    return through
+@dataclass(frozen=True)
+class Rounding:
+    """How numbers are written into few bits.
+
+    Attributes:
+        kind: `"dithered"` or `"nearest"`. seed: of the draws.
+
+    Raises:
+        ConfigError: another kind.
+    """
+
+    kind: str = "dithered"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f'rounding must be "dithered" or "nearest", not {self.kind!r}')
+
+    def write(self, ref: Any, value: Tensor) -> Any:
+        """A parameter of the base's storage for `value`, which is in the layout of the base's own.
+
+        Raises:
+            CannotMergeError: the storage cannot be written so.
+        """
+        if self.kind == "nearest":
+            return ref.store.save(ref.param, value)
+        if not hasattr(ref.store, "move"):
+            raise CannotMergeError(
+                f"{type(ref.store).__name__} has no `move`, so the weight of {ref.module.path!r} cannot be rounded "
+                'with dither; ask for rounding="nearest"'
+            )
+        base = ref.store.load(ref.param)  # in the layout that `value` has
+        draw = draws(f"{ref.module.path}.{ref.name}", base.numel(), self.seed, base.device)
+        return ref.store.move(ref.param, value.to(base.device) - base.to(value.dtype), draw.view(base.shape))
+
+    def change(self, ref: Any, value: Tensor) -> Tensor:
+        """What `write` will have changed of the base's numbers; the gradient passes straight through to `value`."""
+        with torch.no_grad():
+            there = ref.store.load(self.write(ref, value.detach())).to(value.dtype)
+            there = there - ref.store.load(ref.param).to(value.dtype)
+        made: Tensor = _Through.apply(value, there)  # type: ignore[no-untyped-call]
+        return made
+
+
+class _Through(torch.autograd.Function):
+    """Its second argument, with the gradient of its first."""
+
+    @staticmethod
+    def forward(value: Tensor, there: Tensor) -> Tensor:
+        return there.view_as(there)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@lru_cache(maxsize=4)
+def _table(seed: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(0, 2**12, (TABLE,), generator=generator, device="cpu")
+    return ((steps.float() + 0.5) / 2**12).to(device)  # never 0 or 1, also when added to a number below 1024
+
+
+def draws(name: str, n: int, seed: int, device: torch.device) -> Tensor:
+    """One number in (0, 1) for each of a weight's, `(n,)` float32; the same on every device and at every call."""
+    table, start = _table(seed, device), zlib.crc32(name.encode()) % TABLE
+    parts = [table[start : start + n]]
+    have = len(parts[0])
+    while have < n:
+        parts.append(table[: n - have])
+        have += len(parts[-1])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Rounded(Delta):
     """The deltas of one quantised parameter as one, rounded together."""
 
-    def __init__(self, deltas: Sequence[Delta]) -> None:
+    def __init__(self, deltas: Sequence[Delta], how: Rounding) -> None:
         super().__init__(deltas[0].ref)
-        self.deltas = deltas
+        self.deltas, self.how = deltas, how
         self.host = deltas[0].host
 
     def apart(self, x: Tensor) -> Tensor:
@@ -39,14 +124,14 @@ class Rounded(Delta):
         ref = self.ref
 
         def change() -> Tensor:
-            return ref.op.matrix(rounded(fold(self.deltas), ref)) - ref.load_full()
+            return ref.op.matrix(self.how.change(ref, fold(self.deltas)))
 
         plan: Any = cast(Any, self.host).plan
         delta = plan.remember((Rounded, *map(id, self.deltas)), change)
         return ref.op.apply(ref.module, x, delta.to(x.dtype if x.is_floating_point() else ref.dtype))
 
 
-def join(edits: Sequence[Edit]) -> list[Edit]:
+def join(edits: Sequence[Edit], how: Rounding) -> list[Edit]:
     """The edits with those of every quantised weight put together as one `Rounded`; others stay as they are."""
     groups: dict[tuple[int, str], list[Delta]] = {}
     rest: list[Edit] = []
@@ -55,4 +140,4 @@ def join(edits: Sequence[Edit]) -> list[Edit]:
             groups.setdefault((id(edit.ref.owner), edit.ref.leaf), []).append(edit)
         else:
             rest.append(edit)
-    return [*(Rounded(deltas) for deltas in groups.values()), *rest]
+    return [*(Rounded(deltas, how) for deltas in groups.values()), *rest]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from deltatune.errors import CannotMergeError
 from deltatune.stores import register_store
+from deltatune.stores.grid import in_blocks, in_units, moved, stepped
+from deltatune.stores.nf4 import pack, unpack
 
 
 def _granularity(param: Any) -> Any:
@@ -78,6 +80,60 @@ def _nf4(param: Any, value: Tensor) -> Tensor:
     return made
 
 
+def _with(param: Any, **tensors: Tensor) -> Tensor:
+    """The tensor with others of its parts in their places."""
+    names, about = param.__tensor_flatten__()
+    parts = {name: getattr(param, name) for name in names} | tensors
+    made: Tensor = type(param).__tensor_unflatten__(parts, about, param.shape, param.stride())
+    return made
+
+
+def _scale(param: Any) -> Tensor:
+    """The scale of every number."""
+    scale: Tensor = param.scale.float()
+    blocks = [n // b for n, b in zip(param.shape, param.block_size, strict=True)]
+    for axis, (n, count) in enumerate(zip(param.shape, blocks, strict=True)):
+        scale = scale.view(*scale.shape[:axis], count, *blocks[axis + 1 :]).repeat_interleave(n // count, axis)
+    return scale
+
+
+def _move_whole(param: Any, change: Tensor, draw: Tensor) -> Tensor:
+    kind = torch.iinfo(param.qdata.dtype)
+    low, high = kind.min, kind.max
+    if hasattr(param, "target_dtype"):  # fewer bits than the type they are kept in
+        high = 2 ** (int(str(param.target_dtype).removeprefix("torch.int")) - 1) - 1
+        low = -high - 1
+    by = in_units(change, _scale(param))
+    return _with(param, qdata=stepped(param.qdata, by, draw, low, high).to(param.qdata.dtype))
+
+
+def _move_float8(param: Any, change: Tensor, draw: Tensor) -> Tensor:
+    every = torch.arange(256, dtype=torch.uint8, device=change.device).view(param.qdata.dtype).float()
+    levels = torch.unique(every[every.isfinite()])  # sorted; one zero
+    code = torch.bucketize(param.qdata.float().view(-1), levels)
+    new = moved(code, in_units(change, _scale(param)).view(-1), draw.reshape(-1), levels)
+    return _with(param, qdata=levels[new].to(param.qdata.dtype).view_as(param.qdata))
+
+
+def _move_nf4(param: Any, change: Tensor, draw: Tensor) -> Tensor:
+    scales = param.dequantize_scalers(param.quantized_scalers, param.quantization_factor, param.scaler_block_size)
+    code = unpack(param.quantized_data, change.numel())
+    by = in_blocks(change, scales.float(), param.block_size)
+    new = moved(code, by, draw.reshape(-1), param.nf4.float())
+    made: Any = type(param).from_tensor(param.get_original_weight(), param.block_size, param.scaler_block_size)
+    for name in ("quantized_scalers", "quantization_factor", "scaler_mean", "nf4"):
+        setattr(made, name, getattr(param, name))
+    made.quantized_data = pack(new).view_as(param.quantized_data)
+    return made  # type: ignore[no-any-return]
+
+
+#: name of a tensor class -> how its numbers move on the grid that is there
+MOVERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "Int8Tensor": _move_whole,
+    "IntxUnpackedToInt8Tensor": _move_whole,
+    "Float8Tensor": _move_float8,
+    "NF4Tensor": _move_nf4,
+}
 #: name of a tensor class -> how a tensor with the same settings is made of other numbers
 MAKERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "Int8Tensor": _int8,
@@ -114,6 +170,17 @@ class TorchAoStore:
             )
         with torch.no_grad():
             made = MAKERS[name](param, value.to(param.device, param.dtype).contiguous())
+        return nn.Parameter(made, requires_grad=False)
+
+    def move(self, param: Any, change: Tensor, draw: Tensor) -> nn.Parameter:
+        name = type(param.data).__name__
+        if name not in MOVERS:
+            raise CannotMergeError(
+                f"torchao's {name} cannot be rounded with dither; merge into dense weights (the default), or ask for "
+                'rounding="nearest"'
+            )
+        with torch.no_grad():
+            made = MOVERS[name](param, change.to(param.device).float(), draw)
         return nn.Parameter(made, requires_grad=False)
 
 

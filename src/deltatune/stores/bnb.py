@@ -15,7 +15,8 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 
 from deltatune.stores import Packed, register_layer, register_store
-from deltatune.stores.nf4 import from_codes, unpack
+from deltatune.stores.grid import in_blocks, in_units, moved, stepped
+from deltatune.stores.nf4 import from_codes, pack, unpack
 
 
 class Bnb4Store:
@@ -37,11 +38,7 @@ class Bnb4Store:
     def load(self, param: Any) -> Tensor:
         if param.quant_state is None:  # not moved to its device yet, so not packed
             return param.data.detach()  # type: ignore[no-any-return]
-        data, state = param.data, param.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            # the layer repacked itself for its CPU kernel at the first inference, scales rounded to bfloat16; reading
-            # wants the usual order, and the function that gives it writes into the state it is given
-            data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+        data, state = _plain(param)
         shape = self.shape(param)
         if data.device.type == "cpu" and (shape[-1] % state.blocksize or state.blocksize > 4096):
             return _by_hand(data, state, shape).to(self.dtype(param))
@@ -55,6 +52,15 @@ class Bnb4Store:
             quant_type=param.quant_type,
             quant_storage=param.quant_storage,
         )
+        return self._made(param, packed, state)
+
+    def move(self, param: Any, change: Tensor, draw: Tensor) -> nn.Parameter:
+        data, state = _plain(param)
+        by = in_blocks(change.float(), _scales(state), state.blocksize)
+        new = moved(unpack(data.view(torch.uint8), change.numel()), by, draw.reshape(-1), state.code.float())
+        return self._made(param, pack(new).view(data.dtype).view(data.shape), copy.copy(state))
+
+    def _made(self, param: Any, packed: Tensor, state: Any) -> nn.Parameter:
         made: nn.Parameter = Params4bit(
             packed,
             requires_grad=False,
@@ -71,11 +77,27 @@ class Bnb4Store:
 
 def _by_hand(data: Tensor, state: Any, shape: torch.Size) -> Tensor:
     """bitsandbytes' CPU kernel misreads blocks that do not end where rows do."""
+    index = unpack(data.view(torch.uint8), shape.numel())
+    return from_codes(index, _scales(state), state.code, state.blocksize).view(shape)
+
+
+def _plain(param: Any) -> tuple[Tensor, Any]:
+    """Bytes and state in the usual order.
+
+    The layer repacks itself for its CPU kernel at the first inference, scales rounded to bfloat16; the function that
+    undoes it writes into the state it is given.
+    """
+    if getattr(param.quant_state, "packing_format_for_cpu", False):
+        return functional._convert_weight_packed_for_cpu_inverse(param.data, copy.copy(param.quant_state))  # type: ignore[no-any-return]
+    return param.data, param.quant_state
+
+
+def _scales(state: Any) -> Tensor:
+    """The float32 scale of each block."""
     absmax = state.absmax
     if state.nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    index = unpack(data.view(torch.uint8), shape.numel())
-    return from_codes(index, absmax.float(), state.code, state.blocksize).view(shape)
+    return absmax.float()  # type: ignore[no-any-return]
 
 
 class Bnb8Store:
@@ -103,6 +125,14 @@ class Bnb8Store:
     def save(self, packed: Packed, value: Tensor) -> Packed:
         old: Any = packed.tensors["weight"]
         codes, scale, _ = functional.int8_vectorwise_quant(value.to(old.device, torch.float16).contiguous())
+        return self._made(old, codes, scale)
+
+    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+        weight, scale = packed.tensors["weight"], packed.about["SCB"]
+        by = in_units(change.float(), scale.float().unsqueeze(1) / 127)
+        return self._made(weight, stepped(weight.data, by, draw, -127, 127).to(torch.int8), scale)
+
+    def _made(self, old: Any, codes: Tensor, scale: Tensor) -> Packed:
         made: Any = Int8Params(codes, requires_grad=False, has_fp16_weights=old.has_fp16_weights)
         return Packed(self, {"weight": made}, {"SCB": scale})
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import CannotMergeError
 from deltatune.stores import Packed, register_layer
+from deltatune.stores.grid import in_units, stepped
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -81,6 +82,13 @@ class _GridStore:
     def save(self, packed: Packed, value: Tensor) -> Packed:
         scale, zero = self.grid(packed)
         q = (value.float().mT / scale + zero).round().clamp(0, 2 ** packed.about["bits"] - 1)
+        return self._made(packed, q)
+
+    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+        by = in_units(change.float().mT, self.grid(packed)[0])
+        return self._made(packed, stepped(self.codes(packed), by, draw.mT, 0, 2 ** packed.about["bits"] - 1))
+
+    def _made(self, packed: Packed, q: Tensor) -> Packed:
         bits = packed.about["bits"]
         words = pack_columns(q.int(), bits, awq=True) if self.awq else pack_rows(q.int(), bits)
         return Packed(packed.store, {**packed.tensors, "qweight": words}, packed.about)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.stores import Packed, register_layer
+from deltatune.stores.grid import in_units, stepped
 
 
 class HqqStore:
@@ -54,6 +55,32 @@ class HqqStore:
             meta[name] = meta[name].to(old.device, old.dtype)
         made = nn.Parameter(codes.to(packed.device), requires_grad=False)
         return Packed(self, {"W_q": made}, {**packed.about, "meta": meta})
+
+    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+        from hqq.core.quantize import Quantizer
+
+        meta = packed.about["meta"]
+        shifted = self._shifted(packed, self.load(packed).float() + change.float())
+        if shifted is not None:
+            return shifted
+        q = self._codes(packed)  # (groups, n) if axis is 1, else (n, groups)
+        by = in_units(change.float().reshape(q.shape), meta["scale"].float())
+        new = stepped(q, by, draw.reshape(q.shape), 0, round(2 ** meta["nbits"] - 1))
+        words = Quantizer.pack[meta["packing"]](new.to(torch.uint8)) if meta["packing"] else new
+        old = packed.tensors["W_q"]
+        made = nn.Parameter(words.to(old.device).view(old.dtype), requires_grad=False)
+        return Packed(self, {"W_q": made}, packed.about)
+
+    def _codes(self, packed: Packed) -> Tensor:
+        """The integers, in groups."""
+        from hqq.core.quantize import Quantizer
+
+        plain = {**packed.about["meta"], "scale": 1.0, "zero": 0.0, "compute_dtype": torch.float32}
+        numbers: Tensor = Quantizer.dequantize(packed.tensors["W_q"].detach(), plain)
+        size = packed.about["options"]["group_size"]
+        if not size:
+            return numbers
+        return numbers.reshape((-1, size) if packed.about["options"]["axis"] == 1 else (size, -1))
 
     def _shifted(self, packed: Packed, value: Tensor) -> Packed | None:
         """The same integers under other zero-points, if the change is constant within every group; else None."""

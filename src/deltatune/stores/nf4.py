@@ -9,12 +9,14 @@ codes is the second nearest, and ours is the nearest. Reading its codes is exact
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deltatune.stores.grid import in_blocks, moved
 
 #: the codes as bitsandbytes has them; `normal_float(4)` computes them to 1e-7
 NF4 = torch.tensor(
@@ -132,13 +134,24 @@ def quantize_nf4(w: Tensor, block: int = BLOCK, *, double: bool = False) -> Nf4:
     return Nf4(packed, codes, w.shape, w.dtype, block, offset, absmax2)
 
 
+def scales(q: Nf4) -> Tensor:
+    """The float32 scale of each block."""
+    if q.offset is not None and q.absmax2 is not None:
+        return from_codes(q.absmax, q.absmax2, dynamic_map(), ABSMAX_BLOCK) + q.offset
+    return q.absmax
+
+
 def dequantize_nf4(q: Nf4) -> Tensor:
     """The weight as its code gives it, in the dtype it had."""
-    absmax = q.absmax
-    if q.offset is not None and q.absmax2 is not None:
-        absmax = from_codes(absmax, q.absmax2, dynamic_map(), ABSMAX_BLOCK) + q.offset
     index = unpack(q.packed, q.shape.numel())
-    return from_codes(index, absmax, NF4, q.block).view(q.shape).to(q.dtype)
+    return from_codes(index, scales(q), NF4, q.block).view(q.shape).to(q.dtype)
+
+
+def move_nf4(q: Nf4, change: Tensor, draw: Tensor) -> Nf4:
+    """The weight after a change of its shape, on the scales it has; see `grid`."""
+    by = in_blocks(change.float(), scales(q), q.block)
+    index = moved(unpack(q.packed, q.shape.numel()), by, draw.reshape(-1), NF4.to(by.device))
+    return replace(q, packed=pack(index))
 
 
 def round_trip(w: Tensor, bits: int = 4, block: int = BLOCK) -> Tensor:

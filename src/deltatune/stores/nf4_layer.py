@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import ConfigError
 from deltatune.stores import Packed, register_layer
-from deltatune.stores.nf4 import ABSMAX_BLOCK, BLOCK, NF4, Nf4, dequantize_nf4, dynamic_map, quantize_nf4
+from deltatune.stores.nf4 import ABSMAX_BLOCK, BLOCK, NF4, Nf4, dequantize_nf4, dynamic_map, move_nf4, quantize_nf4
 
 SCALES = ("absmax", "absmax2", "offset")
 
@@ -185,6 +185,10 @@ class Nf4Store:
     def save(self, packed: Packed, value: Tensor) -> Packed:
         q = quantize_nf4(value.to(self.dtype(packed)), packed.about["block"], double="offset" in packed.tensors)
         return _packed(q)
+
+    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+        about: dict[str, Any] = {**packed.tensors, **packed.about}
+        return _packed(move_nf4(Nf4(**about), change, draw))
 
     def gather(self, layer: Any) -> Packed:
         return _packed(layer.numbers)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 
 from deltatune.errors import ConfigError
 from deltatune.train.files import write_text
+from deltatune.train.spec import MergeAware
 
 #: columns that come first in metrics.csv; what else was measured follows in the order of its first appearance
 CSV_FIRST = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
@@ -153,6 +154,20 @@ class DivergenceCallback(TrainerCallback):  # type: ignore[misc]
                 f"the loss became {loss} by step {state.global_step}: lower train.learning_rate "
                 f"(it is {args.learning_rate:g}), or use train.precision=fp32"
             )
+
+
+class MergeAwareCallback(TrainerCallback):  # type: ignore[misc]
+    """Rounds the merged weights of a quantised base from a share of the steps on, and whatever follows training."""
+
+    def __init__(self, aware: MergeAware) -> None:
+        self.aware = aware
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        plain = state.global_step < self.aware.start * state.max_steps
+        model.set_merge_aware(not plain, rounding=self.aware.rounding, seed=self.aware.seed)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.set_merge_aware(rounding=self.aware.rounding, seed=self.aware.seed)
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]

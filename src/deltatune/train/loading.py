@@ -187,6 +187,18 @@ def _nothing_there(path: Path) -> str:
     return f"{path} holds neither {CONFIG} (an adapter) nor config.json (a model)"
 
 
+def _recipe(target: Target) -> dict[str, Any]:
+    return read_recipe(target.recipe) if target.recipe is not None else {}
+
+
+def trained_on(target: Target) -> str | None:
+    """The quantisation of the base in the recipe of an adapter's run, if any."""
+    recipe = _recipe(target)
+    if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
+        return "4bit" if recipe.get("load_in_4bit") else "8bit"
+    return recipe.get("quantization")
+
+
 def load(
     target: Target,
     *,
@@ -196,6 +208,10 @@ def load(
 ) -> Loaded:
     """Load base, tokenizer and adapter, ready for inference.
 
+    Args:
+        quantization: storage of the base; default: for an adapter, what its run's recipe says. `"none"` is the
+            files' own.
+
     Raises:
         ValueError: the adapter does not fit the base, or its tokenizer has tokens the base cannot embed.
     """
@@ -203,6 +219,9 @@ def load(
 
     hush()
     resolved = resolve_model(target.base, revision=target.revision)
+    if target.adapter is not None:
+        quantization = quantization or trained_on(target)
+    quantization = None if quantization == "none" else quantization
     base = _load_base(target, resolved, dtype, quantization, device)
     tokenizer = _load_tokenizer(target, resolved)
     if target.adapter is None:
@@ -211,6 +230,10 @@ def load(
 
     _fit_vocabulary(base, tokenizer, target.adapter)
     model = PeftModel.from_pretrained(base, str(target.adapter))
+    aware = (_recipe(target).get("train") or {}).get("merge_aware")
+    if aware and quantization is not None:
+        options = aware if isinstance(aware, dict) else {}
+        model.set_merge_aware(**{k: v for k, v in options.items() if k != "start"})
     return Loaded(target, resolved, model.eval(), tokenizer)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from deltatune.train.files import staged_directory, write_text
 from deltatune.train.generation import device_of
-from deltatune.train.loading import Loaded, Target, hush, load, read_config, read_recipe
+from deltatune.train.loading import Loaded, Target, hush, load, read_config, trained_on
 from deltatune.train.models import resolve_model
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def merge(
     device: str | None = None,
     quantization: str | None = None,
     into: str = "dense",
+    rounding: str | None = None,
 ) -> Merged:
     """Write base + adapter as one model directory, whole or not at all.
 
@@ -86,6 +87,7 @@ def merge(
         quantization: the base's storage that the adapter was trained on; default: what its run's recipe says.
         into: `"dense"` writes ordinary weights, those of a quantised base unpacked; `"same"` writes the base's
             quantised storage, with the error that this costs.
+        rounding: of `into="same"`, `"dithered"` or `"nearest"`; default: as the run was trained, else dithered.
 
     Raises:
         ValueError: the target is no adapter, `output` is taken or is the source, the method cannot be merged, the
@@ -103,7 +105,7 @@ def merge(
     _check_into(into, quantization, target)
     # Rounded once: in the stored type if it stays, else by way of fp32.
     loaded_in = wanted if into == "same" else stored if wanted == stored else torch.float32
-    model, tokenizer, before = _fold(target, loaded_in, prompts, device, quantization, into)
+    model, tokenizer, before = _fold(target, loaded_in, prompts, device, quantization, into, rounding)
     model = model if into == "same" else model.to(wanted)
     check_space(output, weight_bytes(model) + MARGIN)
     with staged_directory(output) as staging:
@@ -117,19 +119,6 @@ def merge(
         write_text(staging / "README.md", model_card(target, resolved, _name(wanted), difference))
     storage = _name(wanted) if into == "dense" else str(quantization)
     return Merged(output, resolved.name, target.adapter, storage, size_of(output), difference)
-
-
-def trained_on(target: Target) -> str | None:
-    """The quantisation of the base in the recipe of an adapter's run, if any."""
-    recipe = read_recipe(target.recipe) if target.recipe is not None else {}
-    if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
-        return "4bit" if recipe.get("load_in_4bit") else "8bit"
-    return recipe.get("quantization")
-
-
-def _merge_aware(target: Target) -> bool:
-    recipe = read_recipe(target.recipe) if target.recipe is not None else {}
-    return bool((recipe.get("train") or {}).get("merge_aware"))
 
 
 def _check_into(into: str, quantization: str | None, target: Target) -> None:
@@ -167,12 +156,11 @@ def _fold(
     device: str | None,
     quantization: str | None,
     into: str,
+    rounding: str | None,
 ) -> tuple[Any, Any, _Before | None]:
     loaded = load(target, dtype=_name(dtype), device=device, quantization=quantization)
-    if quantization and _merge_aware(target):
-        loaded.model.set_merge_aware()
     before = _look(loaded, prompts) if prompts else None
-    return loaded.model.merge_and_unload(into=into), loaded.tokenizer, before
+    return loaded.model.merge_and_unload(into=into, rounding=rounding), loaded.tokenizer, before
 
 
 def _look(loaded: Loaded, prompts: Sequence[str]) -> _Before:

@@ -84,7 +84,7 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _merge_aware(self) -> Recipe:
-        if self.train.merge_aware and not self.quantization:
+        if self.train.merge_aware is not None and not self.quantization:
             raise ValueError("train.merge_aware rounds to the base's storage: set quantization=4bit or 8bit as well")
         return self
 
@@ -304,18 +304,26 @@ def _is_free(key: str) -> bool:
         kinds = [typing.get_origin(kind) for kind in (field.annotation, *typing.get_args(field.annotation))]
         if dict in kinds:
             return True
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        section = _section(field.annotation)
+        if section is None:
             return False
-        model = field.annotation
+        model = section
     return False
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """The section that a key holds, or may hold."""
+    found = (k for k in (kind, *typing.get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
+    return next(found, None)
 
 
 def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a recipe, sections included."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        section = _section(field.annotation)
+        if section is not None:
+            yield from _known_keys(section, f"{prefix}{name}.")
 
 
 def _sentence(error: ValidationError) -> str:

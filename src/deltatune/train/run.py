@@ -222,6 +222,8 @@ class _Run:
             callbacks.MetricsCallback(self.directory, as_csv="csv" in spec.logging),
             self.progress,
         ]
+        if spec.merge_aware is not None:
+            chosen.append(callbacks.MergeAwareCallback(spec.merge_aware))
         if spec.early_stopping_patience is not None:
             chosen.append(EarlyStoppingCallback(spec.early_stopping_patience, spec.early_stopping_threshold))
         if self.recipe.eval.sample_during_training and self.measurer.shown:

@@ -120,8 +120,11 @@ def attach(recipe: Recipe, base: Any, batches: Iterable[Any] = ()) -> Any:
     if needs_data(config) and not is_loading():
         prepare_init(base, config, batches)
     model = get_peft_model(base, config)
-    if recipe.train.merge_aware and not is_loading():  # a dry run's base has no bytes to round to
-        model.set_merge_aware()
+    aware = recipe.train.merge_aware
+    if aware is not None and not is_loading():  # a dry run's base has no bytes to round to
+        model.set_merge_aware(rounding=aware.rounding, seed=aware.seed)  # refused now, if at all
+        if aware.start > 0:
+            model.set_merge_aware(False)
     return model
 
 

@@ -30,6 +30,21 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
 
 
+class MergeAware(Spec):
+    """Training with the merged weight rounded as a merge into a quantised base's own storage rounds it."""
+
+    start: float = Field(0.0, ge=0, lt=1, description="Share of the steps that run as plain QLoRA before.")
+    rounding: Literal["dithered", "nearest"] = Field(
+        "dithered", description="dithered lets changes below half a step of the grid through; nearest does not."
+    )
+    seed: int = Field(0, description="Of the dither.")
+
+
+def _switch(value: Any) -> Any:
+    """True and false stand for the defaults and for none."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 class TrainSpec(Spec):
     """How long, how fast, in which precision, and what is kept on the way."""
 
@@ -56,10 +71,10 @@ class TrainSpec(Spec):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Arithmetic of the forward pass; auto is bf16 where a GPU has it, else fp32."
     )
-    merge_aware: bool = Field(
-        False,
+    merge_aware: Annotated[MergeAware | None, BeforeValidator(_switch)] = Field(
+        None,
         description="On a quantised base: train with the merged weight rounded as a merge into the same storage rounds "
-        "it, so that such a merge is what was trained.",
+        "it, so that such a merge is what was trained. True, or start, rounding and seed.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     neftune_noise_alpha: float | None = Field(None, gt=0, description="NEFTune: noise on the embeddings.")

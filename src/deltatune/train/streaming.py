@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from deltatune.core import fingerprint
 from deltatune.errors import BaseMismatchError
 from deltatune.train.files import STAGING, write_json, write_text
-from deltatune.train.loading import Target, hush, read_config
-from deltatune.train.merging import MARGIN, Merged, check_output, check_space, model_card, size_of, trained_on
+from deltatune.train.loading import Target, hush, read_config, trained_on
+from deltatune.train.merging import MARGIN, Merged, check_output, check_space, model_card, size_of
 from deltatune.train.models import resolve_model
 
 STATE = "deltatune_merge.json"
