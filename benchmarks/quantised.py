@@ -1,6 +1,7 @@
 """QLoRA on a real model, by recipe, and what each way of merging leaves of it: the tables in docs/quantization.md.
 
     python benchmarks/quantised.py losses       # trains three runs (one is killed and resumed), merges, evaluates
+    python benchmarks/quantised.py losses --task e2e --e2e FOLDER
     python benchmarks/quantised.py errors       # quantisation error of the real weights
     python benchmarks/quantised.py stream       # peak memory of a merge from disk to disk
     python benchmarks/quantised.py memory       # each term of the memory formula against a measurement
@@ -11,6 +12,7 @@ A part that is in the JSON already is not done again; name it with --again.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import signal
 import subprocess
@@ -23,115 +25,147 @@ import torch
 from common import load_smollm2, machine, read_json, write_json
 
 HERE = Path(__file__).parent
-STEPS, ROWS, EVAL = 30, 2, 32
 RECIPE = """
 name: {name}
 model: smollm2-135m-instruct
-dtype: float32
-{quantization}
+dtype: {dtype}
+quantization: {quantization}
 method: {{peft_type: LORA, r: 16, lora_alpha: 32, target_modules: all-linear}}
-data: {{path: sms_spam, max_length: 512, limit: 400, eval_limit: {held_out}}}
+data: {data}
 train: {{max_steps: {steps}, batch_size: {rows}, learning_rate: 1e-3, warmup_ratio: 0.05, save_strategy: steps,
-  save_steps: 10, logging_steps: 5, merge_aware: {aware}}}
+  save_steps: {save}, logging_steps: 5, merge_aware: {aware}}}
 eval: {{before: false, generate: false, samples: 0}}
 report: {{plot: false, model_card: false}}
 output_dir: {folder}
 """
 RUNS = {
-    "LoRA, 16 bit": ("", "false"),
-    "QLoRA": ("quantization: 4bit", "false"),
-    "QLoRA, merge-aware": ("quantization: 4bit", "true"),
+    "LoRA, 16 bit": ("bfloat16", "null", "false"),
+    "QLoRA": ("float32", "4bit", "false"),
+    "QLoRA, merge-aware": ("float32", "4bit", "true"),
 }
+#: label -> (run, into, rounding)
+MERGES = {
+    "QLoRA, merged into 16 bit": ("QLoRA", "dense", None),
+    "QLoRA, merged into 4 bit, nearest": ("QLoRA", "same", "nearest"),
+    "QLoRA, merged into 4 bit, dithered": ("QLoRA", "same", "dithered"),
+    "QLoRA, merge-aware, merged into 4 bit": ("QLoRA, merge-aware", "same", None),
+}
+#: task -> (rows per step, steps)
+TASKS = {"sms": (2, 60), "e2e": (8, 45)}
 
 
-def recipe_of(name: str, work: Path) -> Path:
-    quantization, aware = RUNS[name]
-    short = name.lower().replace(", ", "-").replace(" ", "-")
-    text = RECIPE.format(
-        name=short, quantization=quantization, aware=aware, steps=STEPS, rows=ROWS, held_out=EVAL, folder=work / short
-    )
-    if not quantization:
-        text = text.replace("dtype: float32", "dtype: bfloat16")
-    file = work / f"{short}.yaml"
-    file.write_text(text)
-    return file
+class Task:
+    """One table: its runs are in a folder of their own.
+
+    Args:
+        e2e: the folder with the E2E data (train.jsonl and val.jsonl), for that task.
+    """
+
+    def __init__(self, name: str, work: Path, e2e: Path | None) -> None:
+        self.name, self.work = name, work / name
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.data = "{path: sms_spam, max_length: 512, limit: 400, eval_limit: 32}"
+        if name == "e2e":
+            if e2e is None:
+                raise SystemExit("--task e2e needs --e2e FOLDER, with train.jsonl and val.jsonl")
+            for split in ("train", "val"):
+                self._flatten(e2e / f"{split}.jsonl", self.work / f"{split}.jsonl")
+            self.data = (
+                f"{{path: {self.work}/train.jsonl, eval_path: {self.work}/val.jsonl, format: prompt_completion}}"
+            )
+
+    @staticmethod
+    def _flatten(source: Path, to: Path) -> None:
+        with source.open() as lines, to.open("w") as out:
+            for row in map(json.loads, lines):
+                answer = row["ref"] if "ref" in row else row["refs"][0]
+                out.write(json.dumps({"prompt": row["mr"] + "\n", "completion": answer}) + "\n")
+
+    def recipe(self, run: str) -> Path:
+        dtype, quantization, aware = RUNS[run]
+        rows, steps = TASKS[self.name]
+        short = slug(run)
+        file = self.work / f"{short}.yaml"
+        file.write_text(
+            RECIPE.format(
+                name=short, dtype=dtype, quantization=quantization, aware=aware, data=self.data, rows=rows,
+                steps=steps, save=steps // 3, folder=self.work / short,
+            )
+        )  # fmt: skip
+        return file
+
+    def folder(self, run: str) -> Path:
+        from deltatune.train.recipe import load_recipe
+
+        return load_recipe(self.recipe(run)).run_dir
+
+    def train(self, run: str, *, kill: bool) -> dict[str, Any]:
+        """Runs the recipe in a process of its own; with `kill`, once until its first checkpoint and then again."""
+        command = [sys.executable, "-m", "deltatune.cli", "train", str(self.recipe(run))]
+        folder, resumed = self.folder(run), 0
+        if kill and not folder.exists():
+            first = folder / f"checkpoint-{TASKS[self.name][1] // 3}"
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while process.poll() is None and not first.exists():
+                time.sleep(0.2)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            resumed = max((int(p.name.partition("-")[2]) for p in folder.glob("checkpoint-*")), default=0)
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        result = read_json(folder / "results.json")
+        return {"loss": result["after"]["loss"], "seconds": time.perf_counter() - start, "resumed_at": resumed}
+
+    def merged(self, run: str, into: str, rounding: str | None) -> dict[str, Any]:
+        """Merges a run, loads what was written with transformers alone, and evaluates it."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from deltatune.train.loading import find_target
+        from deltatune.train.merging import merge
+
+        folder = self.work / "merged"
+        shutil.rmtree(folder, ignore_errors=True)
+        done = merge(find_target(str(self.folder(run))), folder, into=into, rounding=rounding)
+        dtype = "auto" if into == "same" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        loss = self.loss_of(model, AutoTokenizer.from_pretrained(folder))
+        gap = done.difference
+        assert gap is not None
+        shutil.rmtree(folder)
+        return {"loss": loss, "bytes": done.bytes, "max_logit": gap.max, "mean_logit": gap.mean, "lost": gap.lost}
+
+    def loss_of(self, model: Any, tokenizer: Any) -> float:
+        """On the same held-out rows as the runs."""
+        from rich.console import Console
+
+        from deltatune.train.evaluate import evaluate
+        from deltatune.train.recipe import load_recipe
+        from deltatune.train.session import prepare_data
+
+        recipe = load_recipe(self.recipe("QLoRA"))
+        data = prepare_data(recipe, tokenizer)
+        quiet = Console(quiet=True)
+        rows = data.examples.eval
+        found = evaluate(model, tokenizer, rows, recipe.data, batch_size=16, generate=False, console=quiet)
+        return float(found["loss"])
 
 
-def train(name: str, work: Path, *, kill: bool) -> dict[str, Any]:
-    """Runs the recipe in a process of its own; with `kill`, once until its first checkpoint and then again."""
-    from deltatune.train.recipe import load_recipe
-
-    file = recipe_of(name, work)
-    folder = load_recipe(file).run_dir
-    command = [sys.executable, "-m", "deltatune.cli", "train", str(file)]
-    resumed = 0
-    if kill and not folder.exists():
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "checkpoint-10").exists():
-            time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        resumed = max((int(p.name.partition("-")[2]) for p in folder.glob("checkpoint-*")), default=0)
-    start = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    result = read_json(folder / "results.json")
-    return {"loss": result["after"]["loss"], "seconds": time.perf_counter() - start, "resumed_at": resumed}
+def slug(name: str) -> str:
+    return name.lower().replace(", ", "-").replace(" ", "-")
 
 
-def loss_of(work: Path, model: Any, tokenizer: Any) -> float:
-    """On the same held-out messages as the runs."""
-    from rich.console import Console
-
-    from deltatune.train.evaluate import evaluate
-    from deltatune.train.recipe import load_recipe
-    from deltatune.train.session import prepare_data
-
-    recipe = load_recipe(recipe_of("QLoRA", work))
-    data = prepare_data(recipe, tokenizer)
-    found = evaluate(
-        model, tokenizer, data.examples.eval, recipe.data, batch_size=16, generate=False, console=Console(quiet=True)
-    )
-    return float(found["loss"])
-
-
-def merged(run: str, into: str, work: Path) -> dict[str, Any]:
-    """Merges a run, loads what was written with transformers alone, and evaluates it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from deltatune.train.loading import find_target
-    from deltatune.train.merging import merge
-
-    folder = work / f"merged-{run.lower().replace(', ', '-').replace(' ', '-')}-{into}"
-    shutil.rmtree(folder, ignore_errors=True)
-    from deltatune.train.recipe import load_recipe
-
-    done = merge(find_target(str(load_recipe(recipe_of(run, work)).run_dir)), folder, into=into)
-    dtype = "auto" if into == "same" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    loss = loss_of(work, model, AutoTokenizer.from_pretrained(folder))
-    gap = done.difference
-    assert gap is not None
-    shutil.rmtree(folder)
-    return {"loss": loss, "bytes": done.bytes, "max_logit": gap.max, "mean_logit": gap.mean, "lost": gap.lost}
-
-
-def losses(kept: dict[str, Any], out: Path, work: Path) -> None:
-    table = kept.setdefault("losses", {})
-    work.mkdir(parents=True, exist_ok=True)
+def losses(kept: dict[str, Any], out: Path, task: Task) -> None:
+    table = kept.setdefault("losses", {}).setdefault(task.name, {})
     for name in RUNS:
         if name not in table:
-            table[name] = train(name, work, kill=name == "QLoRA")
+            table[name] = task.train(name, kill=name == "QLoRA")
             write_json(out, kept)
-            print(name, table[name], flush=True)
-    for label, run, into in (
-        ("QLoRA, merged into 16 bit", "QLoRA", "dense"),
-        ("QLoRA, merged into 4 bit", "QLoRA", "same"),
-        ("QLoRA, merge-aware, merged into 4 bit", "QLoRA, merge-aware", "same"),
-    ):
+            print(task.name, name, table[name], flush=True)
+    for label, how in MERGES.items():
         if label not in table:
-            table[label] = merged(run, into, work)
+            table[label] = task.merged(*how)
             write_json(out, kept)
-            print(label, table[label], flush=True)
+            print(task.name, label, table[label], flush=True)
 
 
 # ---------------------------------------------------------------------- errors of storage
@@ -261,6 +295,8 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["losses", "errors", "memory", "stream"])
+    parser.add_argument("--task", choices=list(TASKS), default="sms", help="of the losses")
+    parser.add_argument("--e2e", type=Path, help="folder with the E2E data")
     parser.add_argument("--again", action="store_true", help="forget what is there of this part")
     parser.add_argument("--work", type=Path, default=Path("runs/quantised"), help="where runs are written")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quantised.json")
@@ -268,10 +304,12 @@ def main() -> None:
     torch.set_num_threads(1)
     kept = read_json(options.out)
     if options.again:
-        kept.pop(options.part, None)
+        (kept.get("losses", {}) if options.part == "losses" else kept).pop(
+            options.task if options.part == "losses" else options.part, None
+        )
     kept["machine"] = machine()
     if options.part == "losses":
-        losses(kept, options.out, options.work)
+        losses(kept, options.out, Task(options.task, options.work, options.e2e))
     elif options.part == "stream":
         stream(kept, options.out, options.work / "stream")
     else:

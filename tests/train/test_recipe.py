@@ -179,6 +179,12 @@ def test_an_override_through_a_value_is_refused():
         apply_override(raw, "train.max_steps=3")
 
 
+def test_an_override_in_a_section_that_may_be_left_out():
+    raw = {}
+    apply_override(raw, "train.merge_aware.start=0.5")
+    assert raw == {"train": {"merge_aware": {"start": 0.5}}}
+
+
 def test_the_schema_describes_every_section():
     schema = recipe_schema()
     assert set(schema["properties"]) == set(Recipe.model_fields)
