@@ -1,0 +1,56 @@
+"""Numbers on a grid: which code a change leads to, against the definition, one number at a time."""
+
+from __future__ import annotations
+
+import bisect
+
+import pytest
+import torch
+
+from deltatune.stores.grid import in_blocks, moved, stepped
+from deltatune.stores.nf4 import NF4, dequantize_nf4, move_nf4, quantize_nf4
+
+FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
+
+
+def by_hand(code: int, change: float, draw: float, levels: list[float]) -> float:
+    """The level that the docstring of `grid` gives."""
+    ordered = sorted(levels)
+    at = torch.tensor(levels[code]) + change
+    low = min(max(bisect.bisect_right(ordered, float(at)) - 1, 0), len(levels) - 2)
+    below, above = ordered[low], ordered[low + 1]
+    return above if float((at - below) / (above - below)) > draw else below
+
+
+@pytest.mark.parametrize("levels", [NF4, FP4, torch.arange(-8.0, 8)], ids=["nf4", "fp4", "whole"])
+@pytest.mark.parametrize("size", [0.02, 0.3, 5.0])
+def test_as_defined(levels, size):
+    code = torch.randint(0, len(levels), (400,), dtype=torch.uint8)
+    change, draw = torch.randn(400) * size * float(levels.sort().values.diff().max()), torch.rand(400) * 0.998 + 0.001
+    new = moved(code, change, draw, levels)
+    wanted = [by_hand(*row, levels.tolist()) for row in zip(code.tolist(), change.tolist(), draw.tolist(), strict=True)]
+    assert new.dtype == torch.uint8
+    assert levels[new.int()].tolist() == pytest.approx(wanted)
+    assert torch.equal(moved(code, torch.zeros(400), draw, levels), code)
+
+
+def test_whole_levels_are_a_sum_and_a_floor():
+    code, levels = torch.randint(0, 16, (400,), dtype=torch.uint8), torch.arange(16.0)
+    change, draw = torch.randn(400) * 2, (torch.randint(0, 4096, (400,)) + 0.5) / 4096
+    assert torch.equal(stepped(code, change, draw, 0, 15).to(torch.uint8), moved(code, change, draw, levels))
+    high = torch.full((4096,), 255.0)  # the largest draw of all leaves the largest code where it is
+    every = (torch.arange(4096) + 0.5) / 4096
+    assert torch.equal(stepped(high, torch.zeros(4096), every, 0, 255), high)
+    assert torch.equal(stepped(high - 1, torch.zeros(4096), every, 0, 255), high - 1)
+
+
+def test_blocks_that_are_short_and_blocks_of_zeros():
+    units = in_blocks(torch.ones(2, 5), torch.tensor([2.0, 0.0, 4.0]), 4)
+    assert units.tolist() == [0.5] * 4 + [0.0] * 4 + [0.25] * 2
+    w = torch.randn(7, 19)
+    q = quantize_nf4(w, double=True)
+    base, draw = dequantize_nf4(q), torch.rand(7, 19) * 0.99 + 0.005
+    assert torch.equal(dequantize_nf4(move_nf4(q, torch.zeros(7, 19), draw)), base)
+    got = dequantize_nf4(move_nf4(q, torch.full((7, 19), 0.02), draw)) - base
+    assert 0 < int((got > 0).sum()) < 60
+    assert float(got.min()) == 0
