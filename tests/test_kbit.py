@@ -110,3 +110,22 @@ def test_the_formula_counts_what_a_real_llama_has(name):
     assert found["adapter"] == 2 * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     rest = sum(p.numel() for p in model.parameters() if not p.requires_grad) - sum(m.weight.numel() for m in linear)
     assert found["rest"] == 2 * rest
+
+
+def test_merge_aware_calls_are_recomputed_as_they_were():
+    base = llama(hidden_size=64, intermediate_size=128)
+    quantize_model(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    shake(model, 0.1)
+    model.train()
+    model.set_merge_aware()
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        out = model(input_ids=ids(), labels=ids())
+        grads = torch.autograd.grad(out.loss, [p for p in model.parameters() if p.requires_grad])
+        found.append([out.logits, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    model.set_merge_aware(False)
+    assert not torch.allclose(model(input_ids=ids()).logits, found[0][0], atol=1e-3)

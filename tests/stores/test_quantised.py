@@ -13,6 +13,7 @@ from deltatune.core.rounding import TABLE, draws
 from deltatune.errors import CannotMergeError, ConfigError
 from deltatune.stores import find_store, quantised
 from deltatune.stores.dense import dequantize_model
+from deltatune.stores.grid import BeyondGridError
 from quantised import HERE, stored
 from tiny import shake
 
@@ -37,9 +38,9 @@ def net_of(kind: str) -> Net:
     return net.train()  # in inference bitsandbytes multiplies in bfloat16 on some processors
 
 
-def adapted(kind: str, **options) -> PeftModel:
+def adapted(kind: str, strength: float = 0.1, **options) -> PeftModel:
     model = get_peft_model(net_of(kind), LoraConfig(r=4, target_modules=["layer"], **options))
-    shake(model, 0.1)
+    shake(model, strength)
     return model
 
 
@@ -114,16 +115,32 @@ def test_dither_keeps_small_changes_in_the_mean_and_nothing_else(kind):
     assert bool((got * change >= 0).all())  # every number stays or goes the way of its change
     assert torch.equal(store.load(store.move(weight, change, draw)).float() - base, got)
     assert all(torch.equal(a, b) for a, b in zip(before, stored(layer), strict=True))
-    large = torch.randn_like(base)  # many steps, and past the ends of the grid
-    far = store.load(store.move(weight, large, draw)).float() - base
-    assert bool((far * large >= 0).all())
-    assert float((far.abs() - large.abs()).max()) < 0.1
+    mid = torch.where(base.abs() < 0.03, -base, 0.0)  # steps across the middle of the grid
+    assert float((store.load(store.move(weight, mid, draw)).float() - base - mid).abs().max()) < 0.06
+    with pytest.raises(BeyondGridError):
+        store.move(weight, torch.randn_like(base) * 50, draw)
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(layer), strict=True))
+
+
+@each
+def test_a_change_beyond_the_grid_quantises_anew(kind):
+    model = adapted(kind)
+    shake(model, 1.0)
+    layer = model.get_base_model().layer
+    model.merge_adapter()
+    wanted = layer.weight.detach().clone()
+    model.unmerge_adapter()
+    model.merge_adapter(into="same")
+    weight = quantised(layer)
+    got = find_store(weight).load(weight).float()
+    if kind not in ("gptq", "awq"):  # which keep their grid whatever happens
+        assert float((got - wanted).norm() / wanted.norm()) < 0.2
 
 
 @each
 @pytest.mark.parametrize("rounding", ["dithered", "nearest"])
 def test_a_merge_is_what_ran_merge_aware(kind, rounding):
-    model, x = adapted(kind), torch.randn(2, 3, 128)
+    model, x = adapted(kind, 0.01), torch.randn(2, 3, 128)  # no change leads beyond the grid
     model.set_merge_aware(rounding=rounding, seed=3)
     aware = model(x)
     model.merge_adapter(into="same")  # rounds as the model is set to

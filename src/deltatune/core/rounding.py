@@ -3,7 +3,8 @@
 A quantised weight lies on its grid exactly, so a merge to the nearest code undoes every change below half a step, which
 is nearly all of a fine-tune. `"dithered"` rounds each number up or down by a draw of its own (`stores.grid`): the mean
 of the merged weight is `W + ΔW`, a weight without a change keeps its bytes, and so do the scales. The draws come from a
-seed and the weight's path, so that every merge of one adapter gives the same bytes. `"nearest"` quantises the sum anew.
+seed and the weight's path, so that every merge of one adapter gives the same bytes. `"nearest"` quantises the sum anew,
+as happens to a weight whose change leads well beyond its grid.
 
 Merge-aware training runs a merged weight as it will be written:
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from deltatune.core.edits import Delta, Edit
 from deltatune.errors import CannotMergeError, ConfigError
+from deltatune.stores.grid import BeyondGridError
 
 #: draws in the table that all weights read, each from a place of its own; a prime, so that rows do not line up
 TABLE = 1_048_583
@@ -65,7 +67,11 @@ class Rounding:
             )
         base = ref.store.load(ref.param)  # in the layout that `value` has
         draw = draws(f"{ref.module.path}.{ref.name}", base.numel(), self.seed, base.device)
-        return ref.store.move(ref.param, value.to(base.device) - base.to(value.dtype), draw.view(base.shape))
+        change = value.to(base.device) - base.to(value.dtype)
+        try:
+            return ref.store.move(ref.param, change, draw.view(base.shape))
+        except BeyondGridError:
+            return ref.store.save(ref.param, value)
 
     def change(self, ref: Any, value: Tensor) -> Tensor:
         """What `write` will have changed of the base's numbers; the gradient passes straight through to `value`."""
