@@ -45,6 +45,7 @@ class Kind:
     Attributes:
         loose: what the layer's own arithmetic adds to a tolerance (int8 multiplication).
         pickles: False for layers whose library cannot pickle them.
+        casts: False for layers that stay in the type they were quantised from.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kind:
     x: Callable[[], Tensor]
     loose: float = 0.0
     pickles: bool = True
+    casts: bool = True
 
 
 def _conv1d_transposed() -> Net:
@@ -97,7 +99,8 @@ def _quantised(name: str) -> Kind:
         made.layer.support_avx512bf16_for_cpu = False  # bitsandbytes would repack the bytes in inference
         return made
 
-    return Kind(f"linear_{name}", net, lambda: torch.randn(6, 3, 64), 2e-2 * (name == "bnb_int8"), name[:2] != "ao")
+    loose, library = 2e-2 * (name == "bnb_int8"), name.partition("_")[0]
+    return Kind(f"linear_{name}", net, lambda: torch.randn(6, 3, 64), loose, library != "ao", library != "hqq")
 
 
 #: linear layers in the quantised storages that are installed: each stands for its family

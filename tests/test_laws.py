@@ -195,6 +195,10 @@ def test_L7_transparent(cell, method, kind, store, request):
     again = torch.autograd.grad(out.square().sum(), params)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     half = copy.deepcopy(model).to(torch.bfloat16)
+    if not kind.casts:
+        half = half.float()
+        assert torch.allclose(half(x), live, atol=5e-2)
+        return
     assert half(x.bfloat16() if x.is_floating_point() else x).dtype == torch.bfloat16
 
 

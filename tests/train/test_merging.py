@@ -14,6 +14,7 @@ from deltatune import LoraConfig, get_peft_model, quantize_model
 from deltatune.train import merging
 from deltatune.train.loading import find_target, load
 from deltatune.train.merging import merge
+from deltatune.train.streaming import merge_stream
 from small_runs import write_base, write_run
 from tiny import llama
 
@@ -189,6 +190,12 @@ def test_a_quantised_run_trains_merge_aware_and_merges_to_what_it_trained(tmp_pa
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():  # in inference bitsandbytes multiplies in bfloat16 on some processors
         torch.testing.assert_close(merged.train()(IDS).logits, wanted, atol=1e-5, rtol=1e-5)
+    for how in (merge, merge_stream):
+        how(target, tmp_path / how.__name__, dtype="float32")
+        dense = AutoModelForCausalLM.from_pretrained(tmp_path / how.__name__)
+        assert type(dense.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+        with torch.no_grad():
+            torch.testing.assert_close(dense(IDS).logits, wanted, atol=1e-5, rtol=1e-5)
     plain = load(target, dtype="float32", quantization="none").model
     assert type(plain.get_base_model().model.layers[0].self_attn.q_proj) is not Nf4Linear
     assert plain.adapters.plan.rounding is None

@@ -111,6 +111,7 @@ def test_what_is_refused_before_the_first_byte(places, monkeypatch):
     with pytest.raises(OSError, match="has 0.00 GB free; choose another disk"):
         merge_stream(target, out)
     assert not out.exists()
+    assert not list(out.parent.glob(".*partial"))
 
 
 def test_a_tied_weight_is_not_split(tmp_path):

@@ -365,7 +365,8 @@ class AdapterSet:
         """
         self.check(*names)
         all_names = (*self.plan.merged, *(n for n in names if n not in self.plan.merged))
-        self.merged.fold([(n, self.edits[n]) for n in all_names], safe=safe, root=self.root, same=same)
+        edits = [(n, self.edits[n]) for n in all_names]
+        self.merged.fold(edits, safe=safe, root=self.root, same=same, aware=self.plan.rounding)
         for name in self.configs:
             self.merged.tell(self.deltas(name))
         self.plan.merged = all_names

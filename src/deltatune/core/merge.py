@@ -77,18 +77,20 @@ class Merged:
         safe: bool,
         root: nn.Module,
         same: Rounding | None = None,
+        aware: Rounding | None = None,
     ) -> None:
         """Puts the folded weights of all these adapters in place; nothing changes if one cannot merge.
 
         Args:
             same: keep the base's storage, and how to round where that is quantised; None for dense weights.
+            aware: how the adapters run merge-aware, so that dense weights hold the numbers that they run with.
         """
         edits = [edit for _, es in adapters for edit in es if not isinstance(edit, Bank)]
         for edit in edits:
             if not isinstance(edit, (Delta, ModuleEdit)):
                 raise refuse_merge(edit, getattr(edit.host, "path", ""))
         with evaluating(edits):
-            new = [*self._folded_deltas(edits, safe, same, root), *self._replaced(edits)]
+            new = [*self._folded_deltas(edits, safe, (same, aware), root), *self._replaced(edits)]
         self.same = same
         self._untie(root, [n.owner for n in new])
         for n in new:
@@ -103,8 +105,9 @@ class Merged:
         self._refs += [e for e in edits if isinstance(e, Delta)]
 
     def _folded_deltas(
-        self, edits: Sequence[Edit], safe: bool, same: Rounding | None, root: nn.Module
+        self, edits: Sequence[Edit], safe: bool, how: tuple[Rounding | None, Rounding | None], root: nn.Module
     ) -> Iterator[New]:
+        same, aware = how
         groups: dict[tuple[int, str], list[Delta]] = {}
         for edit in edits:
             if isinstance(edit, Delta):
@@ -124,6 +127,7 @@ class Merged:
             if same is not None or plain is None:
                 yield New(ref.owner, ref.leaf, (same or Rounding()).write(ref, full), own, deltas)
             else:
+                full = full if aware is None else ref.store.load(aware.write(ref, full)).to(full.dtype)
                 dense = nn.Parameter(full.to(dense_dtype(ref.store, ref.param, root)), requires_grad=False)
                 yield New(ref.owner, ref.leaf, dense, plain_class(own, plain), deltas)
 

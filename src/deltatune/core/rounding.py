@@ -58,20 +58,27 @@ class Rounding:
         Raises:
             CannotMergeError: the storage cannot be written so.
         """
+        return self.put(ref.store, ref.param, value, ref.module.path, ref.name)
+
+    def put(self, store: Any, param: Any, value: Tensor, path: str, name: str) -> Any:
+        """`value` in the storage of `param`, which is the parameter `name` of the module at `path`.
+
+        Raises:
+            CannotMergeError: the storage cannot be written so.
+        """
         if self.kind == "nearest":
-            return ref.store.save(ref.param, value)
-        if not hasattr(ref.store, "move"):
+            return store.save(param, value)
+        if not hasattr(store, "move"):
             raise CannotMergeError(
-                f"{type(ref.store).__name__} has no `move`, so the weight of {ref.module.path!r} cannot be rounded "
-                'with dither; ask for rounding="nearest"'
+                f"{type(store).__name__} has no `move`, so the weight of {path!r} cannot be rounded with dither; "
+                'ask for rounding="nearest"'
             )
-        base = ref.store.load(ref.param)  # in the layout that `value` has
-        draw = draws(f"{ref.module.path}.{ref.name}", base.numel(), self.seed, base.device)
-        change = value.to(base.device) - base.to(value.dtype)
+        base = store.load(param)
+        draw = draws(f"{path}.{name}", base.numel(), self.seed, base.device).view(base.shape)
         try:
-            return ref.store.move(ref.param, change, draw.view(base.shape))
+            return store.move(param, value.to(base.device) - base.to(value.dtype), draw)
         except BeyondGridError:
-            return ref.store.save(ref.param, value)
+            return store.save(param, value)
 
     def change(self, ref: Any, value: Tensor) -> Tensor:
         """What `write` will have changed of the base's numbers; the gradient passes straight through to `value`."""

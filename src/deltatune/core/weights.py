@@ -23,7 +23,7 @@ from deltatune.core.ops import (
     maps_last_axis,
     runs_linear,
 )
-from deltatune.stores import find_layer, find_store
+from deltatune.stores import find_layer, find_store, table_of
 
 Rows = slice | Tensor | None
 
@@ -90,8 +90,7 @@ class WeightRef:
             return self.original
         if self._layer is not None:
             return self._layer.gather(self.owner)
-        p: Any = self.owner._parameters.get(self.leaf)
-        p = self.owner._buffers.get(self.leaf) if p is None else p  # quantised layers keep their bias so
+        p: Any = table_of(self.owner, self.leaf).get(self.leaf)
         assert p is not None
         return p
 

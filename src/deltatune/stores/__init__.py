@@ -211,5 +211,10 @@ def strip(owner: nn.Module, store: Any) -> None:
 
 
 def table_of(owner: nn.Module, leaf: str) -> dict[str, Any]:
-    """The dictionary of a module that holds, or is to hold, the tensor `leaf`."""
+    """The dictionary of a module that holds, or is to hold, the tensor `leaf`.
+
+    Some quantised layers keep their bias as a buffer or as a plain attribute.
+    """
+    if isinstance(owner.__dict__.get(leaf), Tensor):
+        return owner.__dict__
     return owner._buffers if leaf in owner._buffers else owner._parameters

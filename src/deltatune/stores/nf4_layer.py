@@ -184,14 +184,14 @@ class Nf4Store:
 
     def save(self, packed: Packed, value: Tensor) -> Packed:
         q = quantize_nf4(value.to(self.dtype(packed)), packed.about["block"], double="offset" in packed.tensors)
-        return _packed(q)
+        return as_packed(q)
 
     def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
         about: dict[str, Any] = {**packed.tensors, **packed.about}
-        return _packed(move_nf4(Nf4(**about), change, draw))
+        return as_packed(move_nf4(Nf4(**about), change, draw))
 
     def gather(self, layer: Any) -> Packed:
-        return _packed(layer.numbers)
+        return as_packed(layer.numbers)
 
     def scatter(self, layer: Any, packed: Packed) -> None:
         layer.block, layer.dtype = packed.about["block"], packed.about["dtype"]
@@ -199,7 +199,7 @@ class Nf4Store:
             layer._buffers[name] = packed.tensors.get(name)
 
 
-def _packed(q: Nf4) -> Packed:
+def as_packed(q: Nf4) -> Packed:
     tensors = {n: t for n in ("packed", *SCALES) if (t := getattr(q, n)) is not None}
     return Packed(STORE, tensors, {"shape": q.shape, "dtype": q.dtype, "block": q.block})
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from deltatune.errors import hint
 
 if TYPE_CHECKING:
+    from deltatune.core.rounding import Rounding
     from deltatune.train.models import ResolvedModel
 
 CONFIG = "adapter_config.json"
@@ -199,6 +200,17 @@ def trained_on(target: Target) -> str | None:
     return recipe.get("quantization")
 
 
+def merge_aware(target: Target) -> Rounding | None:
+    """How the run of an adapter rounded its merged weights, if it was trained merge-aware."""
+    from deltatune.core.rounding import Rounding
+
+    aware = (_recipe(target).get("train") or {}).get("merge_aware")
+    if not aware:
+        return None
+    options = aware if isinstance(aware, dict) else {}
+    return Rounding(options.get("rounding", "dithered"), options.get("seed", 0))
+
+
 def load(
     target: Target,
     *,
@@ -230,10 +242,9 @@ def load(
 
     _fit_vocabulary(base, tokenizer, target.adapter)
     model = PeftModel.from_pretrained(base, str(target.adapter))
-    aware = (_recipe(target).get("train") or {}).get("merge_aware")
-    if aware and quantization is not None:
-        options = aware if isinstance(aware, dict) else {}
-        model.set_merge_aware(**{k: v for k, v in options.items() if k != "start"})
+    aware = merge_aware(target)
+    if aware is not None and quantization is not None:
+        model.set_merge_aware(rounding=aware.kind, seed=aware.seed)
     return Loaded(target, resolved, model.eval(), tokenizer)
 
 

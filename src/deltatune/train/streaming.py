@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import fingerprint
+from deltatune.core.rounding import Rounding
 from deltatune.errors import BaseMismatchError
 from deltatune.train.files import STAGING, write_json, write_text
-from deltatune.train.loading import Target, hush, read_config, trained_on
+from deltatune.train.loading import Target, hush, merge_aware, read_config, trained_on
 from deltatune.train.merging import MARGIN, Merged, check_output, check_space, model_card, size_of
 from deltatune.train.models import resolve_model
 
@@ -96,12 +97,14 @@ def merge_stream(
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     shards = [Shard.of(path, wanted) for path in sorted(source.glob("*.safetensors"))]
     staging = output.parent / f".{output.name}{STAGING}"
-    done = _begin(staging, _key(target, shards, dtype, quantization))
+    key = _key(target, shards, dtype, quantization)
+    done = _done(staging, key)
     todo = [s for s in shards if s.path.name not in done]
     check_space(output, sum(s.bytes for s in todo) + MARGIN)
     model, samples = _hollow(source, target.adapter)
-    folder = _Folder(model, quantization, samples)
+    folder = _Folder(model, quantization, samples, merge_aware(target) if quantization else None)
     folder.check(shards)
+    _begin(staging, key)
     for shard in todo:
         write_shard(shard, staging / shard.path.name, folder)
     _finish(staging, output, source, shards, wanted)
@@ -159,12 +162,14 @@ def _hollow(source: Path, adapter: Path) -> tuple[Any, dict[str, list[float]]]:
 class _Folder:
     """Changes the tensors that an adapter changes, by their names in the files."""
 
-    def __init__(self, model: Any, quantization: str | None, samples: dict[str, list[float]]) -> None:
+    def __init__(
+        self, model: Any, quantization: str | None, samples: dict[str, list[float]], aware: Rounding | None = None
+    ) -> None:
         from deltatune.core.combine import refuse_merge
         from deltatune.core.edits import Delta, ModuleEdit
 
         self.root: nn.Module = model.get_base_model()
-        self.quantization, self.samples = quantization, samples
+        self.quantization, self.samples, self.aware = quantization, samples, aware
         self.deltas: dict[tuple[int, str], list[Any]] = {}
         self.copies: dict[tuple[int, str], Tensor] = {}
         for edit in model.adapters.edits["default"]:
@@ -222,9 +227,13 @@ class _Folder:
         module, leaf = place
         key = (id(module), leaf)
         if self.quantization and isinstance(module, nn.Linear) and leaf == "weight" and module is not self.head:
-            from deltatune.stores.nf4 import dequantize_nf4, quantize_nf4
+            from deltatune.stores.nf4 import quantize_nf4
+            from deltatune.stores.nf4_layer import STORE, as_packed
 
-            tensor = dequantize_nf4(quantize_nf4(tensor, double=True))
+            few = as_packed(quantize_nf4(tensor, double=True))
+            tensor = STORE.load(few)
+        else:
+            few = None
         if key in self.copies:
             return self.copies[key].detach()
         deltas = self.deltas.get(key)
@@ -242,6 +251,8 @@ class _Folder:
             module._parameters[leaf] = hollow
         if not torch.isfinite(full).all():
             raise ValueError(f"merging {name!r} would give numbers that are not finite; the adapter is broken")
+        if self.aware is not None and few is not None:
+            return few.store.load(self.aware.put(few.store, few, full, ref.module.path, ref.name))
         return full
 
     def _check_base(self, deltas: list[Any]) -> None:
@@ -289,15 +300,21 @@ def _key(target: Target, shards: list[Shard], dtype: str, quantization: str | No
     return hashlib.sha256("\n".join([*parts, dtype, str(quantization)]).encode()).hexdigest()
 
 
-def _begin(staging: Path, key: str) -> set[str]:
+def _done(staging: Path, key: str) -> set[str]:
     """Names of the shards that an earlier, broken-off merge of the same files has written already."""
     state = staging / STATE
     if state.is_file() and json.loads(state.read_text(encoding="utf-8")).get("key") == key:
         return {p.name for p in staging.glob("*.safetensors")}
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write_json(state, {"key": key})
     return set()
+
+
+def _begin(staging: Path, key: str) -> None:
+    """Makes the place for the files, unless it is that of the same merge."""
+    state = staging / STATE
+    if not state.is_file() or json.loads(state.read_text(encoding="utf-8")).get("key") != key:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_json(state, {"key": key})
 
 
 def _others(source: Path) -> Iterator[Path]:
