@@ -22,7 +22,8 @@ from deltatune import kernels
 from deltatune.core.plan import Plan
 from deltatune.core.weights import WeightRef
 from deltatune.errors import AdapterNameError
-from deltatune.kernels.low_rank import low_rank_linear
+from deltatune.kernels import gpu
+from deltatune.kernels.low_rank import Product, low_rank_linear
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -312,9 +313,11 @@ class LowRank(Delta):
         return self.ref.factored(self.drop(x), *self.factors())
 
     def whole(self, x: Tensor, base: Callable[[Tensor], Any]) -> Tensor | None:
-        if type(self).update is not LowRank.update or not self.ref.linear or not kernels.possible():
+        if type(self).update is not LowRank.update or not self.ref.linear:
             return None
-        pair = self.ref.plain_base(x)
+        if not kernels.possible():
+            return self._compiled(x) if torch.compiler.is_compiling() else None
+        pair = self.ref.plain_base(x) or self.packed(x, base)
         if pair is not None:
             return self.fused(x, pair)
         if not torch.is_grad_enabled() or type(x) is not Tensor:
@@ -322,7 +325,34 @@ class LowRank(Delta):
         y: Tensor = base(x)
         return cast(Tensor, self.fused(x, y))
 
-    def fused(self, x: Tensor, base: Tensor | tuple[Tensor, Tensor | None], c: Tensor | None = None) -> Tensor | None:
+    def packed(self, x: Tensor, base: Callable[[Tensor], Any]) -> tuple[Product, Tensor | None] | None:
+        """A packed weight's own product and the bias, where it is chosen before the module's forward `base`."""
+        pair = self.ref.packed_base(x)
+        if pair is None:
+            return None
+        a, b, s = self.scaled()
+        what = ("packed", gpu.bucket(x.numel() // x.shape[-1]), gpu.bucket(a.shape[-2]), *self.ref.shape)
+
+        def plain(x: Tensor) -> Tensor:
+            return low_rank_linear(x, base(x), a, b, s)
+
+        def own(x: Tensor) -> Tensor:
+            return low_rank_linear(x, pair, a, b, s)
+
+        return pair if gpu.faster(what, plain, own, x) else None
+
+    def _compiled(self, x: Tensor) -> Tensor | None:
+        """The same in compiled code, as an operator that the compiler does not look into."""
+        pair = self.ref.packed_base(x) if kernels.mode() == "triton" else None
+        if pair is None:
+            return None
+        a, b = self.factors()
+        h = F.linear(self.drop(x), a.to(x.dtype))
+        return pair[0].operator(x, pair[1], h, b.to(x.dtype))
+
+    def fused(
+        self, x: Tensor, base: Tensor | tuple[Tensor | Product, Tensor | None], c: Tensor | None = None
+    ) -> Tensor | None:
         """`low_rank_linear` of this pair; None where its dropout is not the usual one and the base not made yet."""
         p, own = self.dropout if self.host.training else 0.0, x
         if type(self).drop is not LowRank.drop:
@@ -350,8 +380,8 @@ class LowRank(Delta):
     def update_rows(self, edits: Sequence[LowRank], sizes: Sequence[int], x: Tensor, y: Tensor | None) -> Tensor:
         plan: Plan = cast(Any, self.host).plan
         key = ("rows", *map(id, edits), x.dtype)
-        a, b = plan.remember(key, lambda: self.stack([edit.factors() for edit in edits], x.dtype))
-        return self.grouped(a, b, sizes, self.drop_rows(edits, sizes, x))
+        a, b, ranks = plan.remember(key, lambda: self.stack([edit.factors() for edit in edits], x.dtype))
+        return self.grouped(a, b, ranks, sizes, self.drop_rows(edits, sizes, x))
 
     def drop_rows(self, edits: Sequence[LowRank], sizes: Sequence[int], x: Tensor) -> Tensor:
         """Every adapter's own `drop` on its rows; `x` itself where none has any."""
@@ -365,23 +395,31 @@ class LowRank(Delta):
         """One grouped product for rows of `x` that come in runs of `sizes`, one run a pair."""
         return self.grouped(*self.stack(pairs, x.dtype), sizes, x)
 
-    def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`a: (n, r, in)` and `b: (n, out, r)` of several adapters, ranks padded to a multiple of 8 where they differ.
+    def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
+        """`a: (n, r, in)`, `b: (n, out, r)` and ranks of several adapters, padded to a multiple of 8 where they differ.
 
         The memory of `b` is `(n, r, out)`, which products of few rows read much faster.
         """
         dtype = dtype if dtype.is_floating_point else self.ref.dtype
-        ranks = {a.shape[-2] for a, _ in pairs}
-        if len(ranks) > 1:
+        ranks = [a.shape[-2] for a, _ in pairs]
+        if len(set(ranks)) > 1:
             r = -(-max(ranks) // ALIGN) * ALIGN
             pairs = [(F.pad(a, (0, 0, 0, r - a.shape[-2])), F.pad(b, (0, r - b.shape[-1]))) for a, b in pairs]
-        return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b.mT for _, b in pairs]).to(dtype).mT
+        return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b.mT for _, b in pairs]).to(dtype).mT, ranks
 
-    def grouped(self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor) -> Tensor:
+    def grouped(self, a: Tensor, b: Tensor, ranks: Sequence[int], sizes: Sequence[int], x: Tensor) -> Tensor:
+        """Every run's own product: by a GPU kernel where one is chosen, else by torch's."""
+        if len(sizes) == 1:
+            return self.ref.factored(x, a[0], b[0])
+        if self.ref.linear and gpu.on(x):
+            made = gpu.grouped(x, a, b, sizes, ranks, lambda x, a, b: self._by_torch(a, b, sizes, x))
+            if made is not None:
+                return made
+        return self._by_torch(a, b, sizes, x)
+
+    def _by_torch(self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor) -> Tensor:
         """Runs of equal length share one batched product, others one grouped by run."""
         n = len(sizes)
-        if n == 1:
-            return self.ref.factored(x, a[0], b[0])
         if len(set(sizes)) == 1:
             return self.ref.factored_rows(x.reshape(n, sizes[0], *x.shape[1:]), a, b)
         if self.ref.linear and groupable(x, a, b):
@@ -394,7 +432,7 @@ class LowRank(Delta):
         each = tokens.shape[0] // x.shape[0]
         ends = torch.tensor([k * each for k in sizes], device=x.device).cumsum(0, dtype=torch.int32)
         h = F.grouped_mm(tokens, a.mT, offs=ends)
-        return F.grouped_mm(h, b.mT, offs=ends).view(*x.shape[:-1], -1)
+        return F.grouped_mm(h, b.mT, offs=ends).view(*x.shape[:-1], b.shape[-2])
 
 
 def groupable(x: Tensor, a: Tensor, b: Tensor) -> bool:

@@ -40,7 +40,7 @@ class LinearOp:
     def factored_rows(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """As `factored`, one pair per run: `x: (N, k, …)`, `a: (N, r, in)`, `b: (N, out, r)` -> `(N·k, …)`."""
         h = torch.bmm(x.flatten(1, -2), a.mT)  # (N, T, r)
-        return torch.bmm(h, b.mT).view(-1, *x.shape[2:-1], b.shape[-2])
+        return torch.bmm(h, b.mT).view(x.shape[:2].numel(), *x.shape[2:-1], b.shape[-2])
 
     def kron(self, module: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """`apply(x, a ⊗ b)` without forming the Kronecker product; `a: (l, m)`, `b: (k, n)`."""
@@ -320,11 +320,16 @@ def can_bypass(module: nn.Module, table: dict[str, LinearOp] | None = None) -> b
 
 def runs_linear(module: nn.Module) -> bool:
     """Whether the module's class runs `nn.Linear`'s own forward."""
+    return runs(module).__dict__.get("forward") is nn.Linear.forward
+
+
+def runs(module: nn.Module) -> type:
+    """The class whose forward the module's class runs."""
     for cls in type(module).__mro__:
         own = cls.__dict__.get("forward")
         if own is not None and not getattr(own, "_deltatune_host", False):
-            return own is nn.Linear.forward
-    return False
+            return cls
+    return nn.Module
 
 
 def maps_last_axis(op: LinearOp) -> bool:

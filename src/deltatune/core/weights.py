@@ -21,9 +21,12 @@ from deltatune.core.ops import (
     can_bypass,
     find_op,
     maps_last_axis,
+    runs,
     runs_linear,
 )
-from deltatune.stores import find_layer, find_store, table_of
+from deltatune.kernels import gpu
+from deltatune.kernels.low_rank import Product
+from deltatune.stores import find_layer, find_store, product_of, table_of
 
 Rows = slice | Tensor | None
 
@@ -57,6 +60,8 @@ class WeightRef:
         #: the module maps the last axis by all of this weight, and whether it does so by `nn.Linear`'s own forward
         self.linear = self.bypass and rows is None and maps_last_axis(self.op)
         self.own_forward = runs_linear(module)
+        #: the storage's own product, where it has one and the module's forward is that product
+        self.product = product_of(self.store, runs(module)) if self.linear else None
         #: equal for two adapters' refs of the same rows of the same parameter of one module
         self.place = (name, tuple(rows.tolist()) if isinstance(rows, Tensor) else str(rows))
         self.shape = torch.Size([*self.full_shape[:-2], self._count_rows(), self.full_shape[-1]])
@@ -159,6 +164,14 @@ class WeightRef:
         if type(w) is not nn.Parameter or w.dtype != x.dtype or w.requires_grad:
             return None
         return None if torch.is_autocast_enabled(x.device.type) else (w, bias)
+
+    def packed_base(self, x: Tensor) -> tuple[Product, Tensor | None] | None:
+        """As `plain_base` for a packed weight, where a kernel reads it as it is stored; for `linear` refs."""
+        module = self.module
+        if self.product is None or not gpu.on(x) or "_inner_forward" in module.__dict__:
+            return None
+        product = self.product(module, x)
+        return None if product is None else (product, module._parameters.get("bias"))
 
     def kron(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """`apply(x, a ⊗ b)` without forming the product; `a: (l, m)`, `b: (out/l, in/m)`."""

@@ -7,9 +7,14 @@
 - `"lean"`: as `"fused"`, but what magnitudes need of a layer's output is computed again in backward, too, instead of
   kept: less memory for one more product of the base.
 - `"plain"`: ordinary autograd of what the methods write.
+- `"triton"`: as `"fused"`, and Triton's kernels for mixed batches and for NF4 weights with their low-rank change, where
+  tensors are on a GPU, in 32 or 16 bits and not under autocast.
+- `"measure"`: as `"triton"`, but each of those is timed against torch's way first, once per size, on the GPU that is
+  there, and the faster one is kept (`deltatune.kernels.gpu.measured()` shows the times).
 
 Compiled code, `torch.func` transforms, sharded tensors and layers that are no plain linear maps always take the plain
-path; the compiler fuses and recomputes by itself.
+path; the compiler fuses and recomputes by itself. Only in mode `"triton"` compiled code runs those two kernels, as
+operators that the compiler does not look into.
 """
 
 from __future__ import annotations
@@ -22,12 +27,18 @@ import torch
 
 from deltatune.errors import ConfigError
 
-MODES = ("fused", "lean", "plain")
+MODES = ("fused", "lean", "plain", "triton", "measure")
+#: modes with Triton's kernels
+TRITON = ("triton", "measure")
 
 
 def _checked(mode: str) -> str:
     if mode not in MODES:
         raise ConfigError(f"kernels are {', '.join(MODES)}, not {mode!r}")
+    if mode in TRITON:
+        from deltatune.kernels.gpu import require
+
+        require(mode)
     return mode
 
 
@@ -44,7 +55,7 @@ def use(name: str) -> Iterator[None]:
     """Runs the body in another mode. Backward follows what its forward did.
 
     Raises:
-        ConfigError: there is no such mode.
+        ConfigError: there is no such mode, or no GPU or no Triton for it.
     """
     global _mode
     before, _mode = _mode, _checked(name)

@@ -9,7 +9,7 @@ c trains, the output, which activations keep anyway. Casts are made again, dropo
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,22 @@ from deltatune import kernels
 from deltatune.kernels.dropout import dropper, new_seed
 
 
+class Product(Protocol):
+    """A frozen weight W `(out, in)` that is no ordinary tensor, with products of its own."""
+
+    def linear(self, x: Tensor, bias: Tensor | None, pair: tuple[Tensor, Tensor], s: float) -> Tensor:
+        """x Wᵀ + bias + s · h p, for `pair` h `(T, r)` and p `(r, out)`."""
+
+    def back(self, g: Tensor, pair: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """g W + dh a, for `pair` dh `(T, r)` and a `(r, in)`."""
+
+    def operator(self, x: Tensor, bias: Tensor | None, h: Tensor, b: Tensor) -> Tensor:
+        """x Wᵀ + bias + h bᵀ for `x: (…, in)` as a registered operator, with gradients of all but W."""
+
+
 def low_rank_linear(
     x: Tensor,
-    base: Tensor | tuple[Tensor, Tensor | None],
+    base: Tensor | tuple[Tensor | Product, Tensor | None],
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -35,6 +48,7 @@ def low_rank_linear(
     Args:
         x: `(…, in)`.
         base: the layer's own output `(…, out)`, or its weight `(out, in)` and bias, whose product is then made here.
+            A weight may also be a `Product`.
         a: `(r, in)`. b: `(out, r)`; of any dtype. scale: s.
         p: probability of dropout on the input of `a`.
         c: `(out,)`, only with a weight; there must be no dropout then.
@@ -49,7 +63,7 @@ def low_rank_linear(
 def _forward(
     x: Tensor,
     y: Tensor | None,
-    w: Tensor | None,
+    w: Tensor | Product | None,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -65,12 +79,19 @@ def _forward(
     if y is not None:
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.mT, alpha=scale).view(y.shape), h
     assert w is not None
-    out = F.linear(rows, w, bias if c is None else None).addmm_(h, b.mT, alpha=scale)
+    out = _linear(w, rows, bias if c is None else None, h, b, scale)
     if c is not None:
         out.mul_(c.to(dtype))
         if bias is not None:
             out.add_(bias)
     return out.view(*x.shape[:-1], -1), h
+
+
+def _linear(w: Tensor | Product, x: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, s: float) -> Tensor:
+    """x Wᵀ + bias + s · h bᵀ."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w, bias).addmm_(h, b.mT, alpha=s)
+    return w.linear(x, bias, (h, b.mT), s)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -79,7 +100,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor | None,
-        w: Tensor | None,
+        w: Tensor | Product | None,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -97,7 +118,9 @@ class _LowRankLinear(torch.autograd.Function):
         need_c = ctx.needs_input_grad[6]
         need_x = ctx.needs_input_grad[4] or need_c
         kept_y = out if need_c and not lean else None
-        ctx.save_for_backward(x if need_x else None, w, a, b, c, h, kept_y, bias if need_c else None)
+        dense = isinstance(w, Tensor)
+        ctx.save_for_backward(x if need_x else None, w if dense else None, a, b, c, h, kept_y, bias if need_c else None)
+        ctx.product = None if dense else w
         ctx.numbers, ctx.like, ctx.dtype = (s, p, seed), (x.shape, x.dtype, x.device), out.dtype
         return out
 
@@ -105,6 +128,7 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, c, h, out, bias = ctx.saved_tensors
+        w = w if ctx.product is None else ctx.product
         s, p, seed = ctx.numbers
         shape, x_dtype, device = ctx.like
         need_x, need_y, _, need_bias, need_a, need_b, need_c, _ = ctx.needs_input_grad
@@ -129,8 +153,10 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, dy if need_y else None, None, d_bias, da, db, dc, None
 
 
-def _grad_of_x(g: Tensor, w: Tensor | None, dh: Tensor, a: Tensor, drop: Any) -> Tensor:
+def _grad_of_x(g: Tensor, w: Tensor | Product | None, dh: Tensor, a: Tensor, drop: Any) -> Tensor:
     """Wᵀ g + drop(Aᵀ dh)."""
+    if w is not None and not isinstance(w, Tensor):
+        return w.back(g, (dh, a)) if drop is None else w.back(g).add_(drop(dh @ a))
     if drop is not None:
         ours: Tensor = drop(dh @ a)
         return ours if w is None else ours.addmm_(g, w)
@@ -140,7 +166,7 @@ def _grad_of_x(g: Tensor, w: Tensor | None, dh: Tensor, a: Tensor, drop: Any) ->
 def _grad_of_c(
     g: Tensor,
     x: Tensor | None,
-    w: Tensor,
+    w: Tensor | Product,
     a: Tensor,
     b: Tensor,
     c: Tensor,
@@ -152,7 +178,7 @@ def _grad_of_c(
     """Σ g ∘ u over positions, from the output (u = (y - b) / c), or from u made again."""
     if out is None:
         assert x is not None
-        u = torch.mm(x, w.mT).addmm_(h, b.to(h.dtype).mT, alpha=s)
+        u = _linear(w, x, None, h, b.to(h.dtype), s)
         return (g * u).sum(0).to(c.dtype)
     total = (g * out.reshape(g.shape)).sum(0, dtype=c.dtype)
     if bias is not None:
@@ -162,7 +188,10 @@ def _grad_of_c(
         return total / c
     assert x is not None  # rows that c silences say nothing of their u
     rows = zero.nonzero().flatten()
-    u = torch.mm(x, w[rows].mT).addmm_(h, b[rows].to(h.dtype).mT, alpha=s)
+    if isinstance(w, Tensor):
+        u = _linear(w[rows], x, None, h, b[rows].to(h.dtype), s)
+    else:
+        u = _linear(w, x, None, h, b.to(h.dtype), s)[:, rows]
     return torch.where(zero, 0, total / torch.where(zero, 1, c)).index_copy(
         0, rows, (g[:, rows] * u).sum(0).to(c.dtype)
     )

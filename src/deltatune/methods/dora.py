@@ -59,7 +59,7 @@ class DoraDelta(Delta):
         dropped = self.pair.dropout and self.host.training  # needs W dropout(x) beside W x
         if dropped or not self.ref.linear or not kernels.possible():
             return None
-        weights = self.ref.plain_base(x)
+        weights = self.ref.plain_base(x) or self.pair.packed(x, base)
         return None if weights is None else self.pair.fused(x, weights, self.ratio())
 
     def apart(self, x: Tensor) -> Tensor:
@@ -83,21 +83,23 @@ class DoraDelta(Delta):
         dropped = self.pair.drop_rows([e.pair for e in edits], sizes, x)
         plain = self.ref.no_bias(y) if dropped is x else self._plain(dropped)
         key = (DoraDelta, *map(id, edits), x.dtype, y.dtype, y.ndim)
-        a, b, more = self._plan.remember(key, lambda: self._stack(edits, x.dtype, y))
+        a, b, ranks, more = self._plan.remember(key, lambda: self._stack(edits, x.dtype, y))
         if len(set(sizes)) == 1:
             change = (plain.view(len(sizes), sizes[0], *plain.shape[1:]) * more.unsqueeze(1)).flatten(0, 1)
         else:
             rows = torch.tensor([i for i, n in enumerate(sizes) for _ in range(n)], device=x.device)
             change = plain * more[rows]
-        return change + self.pair.grouped(a, b, sizes, dropped)
+        return change + self.pair.grouped(a, b, ranks, sizes, dropped)
 
-    def _stack(self, edits: Sequence[DoraDelta], dtype: torch.dtype, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of n adapters: A `(n, r, in)`, c s B `(n, out, r)`, and c - 1 `(n, …)` to multiply rows of `y` with."""
+    def _stack(
+        self, edits: Sequence[DoraDelta], dtype: torch.dtype, y: Tensor
+    ) -> tuple[Tensor, Tensor, list[int], Tensor]:
+        """Of n adapters: A `(n, r, in)`, c s B `(n, out, r)`, ranks, and c - 1 `(n, …)`, times which rows of `y` go."""
         ratios = [edit.ratio() for edit in edits]
         factors = [edit.pair.factors() for edit in edits]
-        a, b = self.pair.stack([(a, c[..., None] * b) for c, (a, b) in zip(ratios, factors, strict=True)], dtype)
+        a, b, ranks = self.pair.stack([(a, c[..., None] * b) for c, (a, b) in zip(ratios, factors, strict=True)], dtype)
         more = [self.ref.align((c - 1).to(y.dtype), y) for c in ratios]
-        return a, b, torch.stack([m.view(*[1] * (y.ndim - 1 - m.ndim), *m.shape) for m in more])
+        return a, b, ranks, torch.stack([m.view(*[1] * (y.ndim - 1 - m.ndim), *m.shape) for m in more])
 
     def ratio(self) -> Tensor:
         """c = m / ‖V‖ per row, `(*batch, out)`."""

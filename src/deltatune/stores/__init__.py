@@ -6,7 +6,7 @@ zero-points); those are known by the class of the layer (`LAYERS`), and their we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.ops import class_names
+from deltatune.kernels.low_rank import Product
 
 
 class Store(Protocol):
@@ -27,6 +28,8 @@ class Store(Protocol):
     A store may have `dense_layer`, the class of an ordinary layer that computes the same from a dense weight; merging
     then goes into a dense weight unless it is asked to round. `leftovers` are the layer's attributes to drop when that
     is for good, and `own_dtype = False` says that the layer takes inputs of any floating type.
+    `products` are the classes of layers (qualified names) whose forward is `x Wᵀ + b` and for which `product(layer, x)`
+    gives a `Product` that a GPU computes from what is stored, or None where the layer or the input is not for it.
     """
 
     #: False where `save` rounds (quantised formats), so that merging reports an error instead of a surprise
@@ -154,6 +157,12 @@ def find_layer(layer: nn.Module) -> LayerStore | None:
     names = class_names(type(layer))
     _import_backends(names)
     return next((LAYERS[n] for n in names if n in LAYERS), None)
+
+
+def product_of(store: Store, runs: type) -> Callable[[nn.Module, Tensor], Product | None] | None:
+    """A storage's own product for layers that run the forward of the class `runs`; None where it has none."""
+    has = f"{runs.__module__}.{runs.__qualname__}" in getattr(store, "products", ())
+    return store.product if has else None  # type: ignore[attr-defined]
 
 
 def _import_backends(names: Sequence[str]) -> None:

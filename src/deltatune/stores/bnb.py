@@ -14,9 +14,11 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 
+from deltatune.kernels.gpu import nf4_product
+from deltatune.kernels.low_rank import Product
 from deltatune.stores import Packed, register_layer, register_store
 from deltatune.stores.grid import in_blocks, in_units, moved, stepped
-from deltatune.stores.nf4 import from_codes, pack, unpack
+from deltatune.stores.nf4 import ABSMAX_BLOCK, Nf4, from_codes, pack, unpack
 
 
 class Bnb4Store:
@@ -25,6 +27,7 @@ class Bnb4Store:
     exact = False
     dense_layer: ClassVar[type[nn.Module]] = nn.Linear
     leftovers = ("quant_state",)
+    products = ("bitsandbytes.nn.modules.Linear4bit",)
 
     def shape(self, param: Any) -> torch.Size:
         state = param.quant_state
@@ -43,6 +46,16 @@ class Bnb4Store:
         if data.device.type == "cpu" and (shape[-1] % state.blocksize or state.blocksize > 4096):
             return _by_hand(data, state, shape).to(self.dtype(param))
         return functional.dequantize_4bit(data, state).view(shape).to(self.dtype(param))  # type: ignore[no-any-return]
+
+    def product(self, layer: Any, x: Tensor) -> Product | None:
+        """For NF4 that the layer multiplies in the dtype of `x`."""
+        param = layer.weight
+        state = param.quant_state
+        if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
+            return None
+        if layer.compute_dtype not in (None, x.dtype) or (state.nested and state.state2.blocksize != ABSMAX_BLOCK):
+            return None
+        return nf4_product(nf4_of(param))
 
     def save(self, param: Any, value: Tensor) -> nn.Parameter:
         packed, state = functional.quantize_4bit(
@@ -73,6 +86,14 @@ class Bnb4Store:
             bnb_quantized=True,
         )
         return made
+
+
+def nf4_of(param: Any) -> Nf4:
+    """A weight in NF4 as ours is kept; the tensors are the parameter's own."""
+    state = param.quant_state
+    double = (state.offset, state.state2.absmax) if state.nested else (None, None)
+    packed = param.data.view(torch.uint8).reshape(-1, 1)
+    return Nf4(packed, state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, *double)
 
 
 def _by_hand(data: Tensor, state: Any, shape: torch.Size) -> Tensor:

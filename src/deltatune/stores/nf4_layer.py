@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.errors import ConfigError
+from deltatune.kernels.gpu import nf4_product
+from deltatune.kernels.low_rank import Product
 from deltatune.stores import Packed, register_layer
 from deltatune.stores.nf4 import ABSMAX_BLOCK, BLOCK, NF4, Nf4, dequantize_nf4, dynamic_map, move_nf4, quantize_nf4
 
@@ -169,6 +171,10 @@ class Nf4Store:
 
     exact = False
     dense_layer: ClassVar[type[nn.Module]] = nn.Linear
+    products = ("deltatune.stores.nf4_layer.Nf4Linear",)
+
+    def product(self, layer: Any, x: Tensor) -> Product | None:
+        return nf4_product(layer.numbers)
 
     def shape(self, packed: Packed) -> torch.Size:
         shape: torch.Size = packed.about["shape"]
