@@ -153,5 +153,5 @@ def grouped(
         return y.view(*x.shape[:-1], b.shape[-2])
 
     n, r, inputs = a.shape
-    what = ("grouped", bucket(sum(tokens)), bucket(n), bucket(r), inputs, b.shape[-2], len(set(sizes)) == 1)
+    what = ("grouped", bucket(sum(tokens)), bucket(n), bucket(r), b.shape[-2], inputs, len(set(sizes)) == 1)
     return own(x, a, b) if faster(what, plain, own, x, a, b) else None
