@@ -38,6 +38,16 @@ from deltatune.schedules import Attached, attach, find_procedure, mark
 HERE = Path(__file__).parent
 #: the learning rate of every run warms up over this share of the steps and then falls to zero in a line
 WARM = 0.05
+#: the order of the runs: a question, how many of an entry's learning rates are tried (None: all), how many seeds
+PASSES: tuple[tuple[str, int | None, int], ...] = (
+    ("classes", 3, 1),
+    ("language", 1, 1),
+    ("scratch", 3, 1),
+    ("classes", None, 3),
+    ("scratch", None, 3),
+    ("language", None, 1),
+    ("small", None, 3),
+)
 
 
 # ---------------------------------------------------------------------- one run
@@ -138,10 +148,14 @@ def best_lr(results: dict[str, Any], key: str, lrs: Sequence[float]) -> float:
     return min(lrs, key=lambda lr: results[f"{key}/{lr:g}/0"]["validation"] or math.inf)
 
 
-def rates(results: dict[str, Any], key: str, question: Question, entry: Entry) -> list[float]:
-    """The learning rates to try: the entry's, and more on the side on which the best so far is the last."""
-    lrs = sorted(entry.lrs)
-    for _ in range(question.more):
+def rates(results: dict[str, Any], key: str, question: Question, entry: Entry, tries: int | None = None) -> list[float]:
+    """The learning rates to try: the entry's, and more on the side on which the best so far is the last.
+
+    Args:
+        tries: so many of the entry's and no more; None takes all there are to try.
+    """
+    lrs = sorted(entry.lrs[:tries])
+    for _ in range(question.more if tries is None else 0):
         if any(f"{key}/{lr:g}/0" not in results for lr in lrs):
             break
         best = best_lr(results, key, lrs)
@@ -152,27 +166,27 @@ def rates(results: dict[str, Any], key: str, question: Question, entry: Entry) -
     return lrs
 
 
-def runs_of(results: dict[str, Any], key: str, question: Question, entry: Entry) -> Iterator[tuple[str, float, int]]:
+def runs_of(
+    results: dict[str, Any], key: str, question: Question, entry: Entry, tries: int | None, seeds: int
+) -> Iterator[tuple[str, float, int]]:
     """(key, learning rate, seed) of what is to be run, the tries of the first seed before the others."""
     tried: set[float] = set()
-    while missing := [lr for lr in rates(results, key, question, entry) if lr not in tried]:
+    while missing := [lr for lr in rates(results, key, question, entry, tries) if lr not in tried]:
         for lr in missing:
             tried.add(lr)
             yield f"{key}/{lr:g}/0", lr, 0
-    for seed in range(1, question.seeds):
-        lr = best_lr(results, key, rates(results, key, question, entry))
+    for seed in range(1, seeds):
+        lr = best_lr(results, key, rates(results, key, question, entry, tries))
         yield f"{key}/{lr:g}/{seed}", lr, seed
 
 
 def summary(results: dict[str, Any], key: str, question: Question, entry: Entry) -> dict[str, Any] | None:
-    """An entry over its seeds, at its best learning rate; None while runs are missing."""
-    lrs = rates(results, key, question, entry)
-    if any(f"{key}/{lr:g}/0" not in results for lr in lrs):
+    """An entry over the seeds that have been run, at its best learning rate; None before the first run."""
+    lrs = [lr for lr in rates(results, key, question, entry) if f"{key}/{lr:g}/0" in results]
+    if not lrs:
         return None
     lr = best_lr(results, key, lrs)
     found = [results.get(f"{key}/{lr:g}/{seed}") for seed in range(question.seeds)]
-    if any(r is None for r in found):
-        return None
     runs = [r for r in found if r is not None]
     losses, right = [r["loss"] for r in runs], [r["accuracy"] for r in runs]
     return {"entry": entry, "lr": lr, "lrs": lrs, "runs": runs, "loss": losses, "accuracy": right}
@@ -280,29 +294,30 @@ def main() -> None:
     for name in (n for n in options.names if "/" in n):
         results = {k: r for k, r in results.items() if not k.startswith(f"{name}/")}
     wanted = {name.partition("/")[0] for name in options.names} or set(QUESTIONS)
+    questions = {title: make(options.data) for title, make in QUESTIONS.items()}
     begun = time.monotonic()
-    summaries: dict[str, dict[str, Any]] = {}
     with Progress() as progress:
-        for title, make in QUESTIONS.items():
-            question = make(options.data)
-            for name, entry in question.entries.items():
-                key = f"{title}/{name}"
-                for place, lr, seed in runs_of(results, key, question, entry) if title in wanted else ():
-                    if place in results or time.monotonic() - begun > 60 * options.minutes:
-                        if place not in results:
-                            break
+        for title, tries, seeds in (p for p in PASSES if p[0] in wanted):
+            for name, entry in questions[title].entries.items():
+                for place, lr, seed in runs_of(results, f"{title}/{name}", questions[title], entry, tries, seeds):
+                    if place in results:
                         continue
+                    if time.monotonic() - begun > 60 * options.minutes:
+                        break
                     line = progress.add_task(place, total=None)
                     results[place] = run(
-                        question, entry, lr, seed, lambda text, at=(line, place): progress.update(
+                        questions[title], entry, lr, seed, lambda text, at=(line, place): progress.update(
                             at[0], description=f"{at[1]} {text}"
                         ),
                     )  # fmt: skip
                     progress.remove_task(line)
                     write_json(options.out, {"machine": machine(), "results": results})
-                found = summary(results, key, question, entry)
-                if found is not None:
-                    summaries[key] = found
+    summaries = {
+        f"{title}/{name}": found
+        for title, question in questions.items()
+        for name, entry in question.entries.items()
+        if (found := summary(results, f"{title}/{name}", question, entry)) is not None
+    }
     draw(summaries, options.figure)
     print(table(summaries))
 

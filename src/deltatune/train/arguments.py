@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,17 +155,20 @@ def check_machine(recipe: Recipe) -> None:
         raise ConfigError("train.precision=fp16 and dtype=bfloat16 contradict each other: use one of them")
     _check_optimizer(spec.optim)
     _check_projection(recipe)
+    _check_in_backward(recipe)
     _check_logging(spec)
     _check_metric(recipe)
 
 
-#: what keeps an optimiser of transformers from training adapters
+#: what keeps an optimiser of transformers from training here
 _UNFIT = {
-    "lomo": "it updates whole weights during the backward pass",
     "xla": "it runs on TPUs",
     "npu": "it runs on Ascend NPUs",
     "anyprecision": "its package, torchdistx, is no longer maintained",
+    "galore_adafactor_layerwise": "transformers gives it a learning rate and relative_step, which it refuses",
 }
+#: optimisers whose state can be on a GPU only
+_ON_GPU = ("adalomo", "galore_adamw_8bit")
 #: a part of an optimiser's name, the package that implements it, how to install that; the first hit counts
 _PACKAGES = (
     ("adamw_torch_8bit", "torchao", "torchao"),
@@ -179,6 +183,7 @@ _PACKAGES = (
     ("schedule_free", "schedulefree", "schedulefree"),
     ("stable_adamw", "optimi", "torch-optimi"),
     ("apollo", "apollo_torch", "apollo-torch"),
+    ("lomo", "lomo_optim", "lomo-optim"),
 )
 #: those that project the gradients of whole weights
 PROJECTING = ("galore", "apollo")
@@ -192,17 +197,53 @@ def _check_optimizer(optim: str) -> None:
         raise ConfigError(f"train.optim {optim!r} is no optimiser of transformers{hint(optim, names)}")
     for part, reason in _UNFIT.items():
         if part in optim:
-            raise ConfigError(f"train.optim={optim} cannot train adapters: {reason}; use adamw_torch")
-    if optim.startswith("paged") and accelerator() is None:
-        raise ConfigError(
-            f"train.optim={optim} moves its state between GPU and main memory, and there is no GPU: "
-            f"use {optim.removeprefix('paged_')}, or adamw_torch"
-        )
+            raise ConfigError(f"train.optim={optim} cannot be used: {reason}; use adamw_torch")
+    if accelerator() is None:
+        _check_without_gpu(optim, names)
     for part, package, install in _PACKAGES:
         if part in optim:
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(f"train.optim={optim} needs {package}, which is not installed: pip install {install}")
             return
+
+
+def _check_without_gpu(optim: str, names: Sequence[str]) -> None:
+    """Raises ConfigError for what needs a GPU; names the nearest that does not."""
+    near = optim.removeprefix("paged_") if optim.startswith("paged_") else optim.replace("_8bit", "")
+    use = f"use {near}, or adamw_torch" if near in names and near != optim else "use adamw_torch"
+    if optim.startswith("paged"):
+        raise ConfigError(
+            f"train.optim={optim} moves its state between GPU and main memory, and there is no GPU: {use}"
+        )
+    if optim.startswith(_ON_GPU):
+        raise ConfigError(f"train.optim={optim} keeps its state on a GPU, and there is none: {use}")
+
+
+def _check_in_backward(recipe: Recipe) -> None:
+    """What steps inside the backward pass leaves no gradients for anything else."""
+    from deltatune import get_peft_config
+
+    spec = recipe.train
+    if not (spec.optim.endswith("layerwise") or "lomo" in spec.optim):
+        return
+    known = [recipe.procedure["name"]] if recipe.procedure else []
+    known += [procedure.name for procedure in get_peft_config(dict(recipe.method)).procedures()]
+    other = spec.optim.removesuffix("_layerwise") if spec.optim.endswith("layerwise") else "adamw_torch"
+    if known:
+        raise ConfigError(
+            f"train.optim={spec.optim} steps during the backward pass, where procedure {known[0]!r} cannot see it: "
+            f"use {other}"
+        )
+    if spec.gradient_accumulation > 1:
+        raise ConfigError(
+            f"train.optim={spec.optim} steps during every backward pass, so gradients cannot be accumulated: set "
+            "train.gradient_accumulation=1"
+        )
+    if spec.optim == "adalomo" and spec.save_strategy != "no":
+        raise ConfigError(
+            "train.optim=adalomo keeps moments that no checkpoint holds, so a run could not go on: set "
+            "train.save_strategy=no"
+        )
 
 
 def _check_projection(recipe: Recipe) -> None:
@@ -224,16 +265,6 @@ def _check_projection(recipe: Recipe) -> None:
         raise ConfigError(
             f"train.optim={spec.optim} keeps its projections as objects that no checkpoint can be read back with: set "
             "train.save_strategy=no"
-        )
-    if spec.optim.endswith("layerwise") and recipe.procedure:
-        raise ConfigError(
-            f"train.optim={spec.optim} steps during the backward pass, where procedure {recipe.procedure['name']!r} "
-            f"cannot see it: use {spec.optim.removesuffix('_layerwise')}"
-        )
-    if spec.optim.endswith("layerwise") and spec.gradient_accumulation > 1:
-        raise ConfigError(
-            f"train.optim={spec.optim} steps during every backward pass, so gradients cannot be accumulated: set "
-            "train.gradient_accumulation=1"
         )
 
 
