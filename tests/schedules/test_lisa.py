@@ -62,6 +62,20 @@ def test_every_block_is_drawn_equally_often():
     assert all(abs(n - windows / 2) < 3 * sigma for n in counts.values()), counts
 
 
+def test_the_report_has_the_peak_of_the_optimisers_state():
+    """Two moments of 4 bytes for the ends and the blocks that are awake, and never more."""
+    model = plain()
+    optimizer, schedule = start(model)
+    lisa = schedule.schedules["lisa"]
+    for i in range(8):
+        step(model, optimizer, i)
+    block = sum(lisa.params[name].numel() for name in next(iter(lisa.blocks.values())))
+    everything = sum(p.numel() for p in lisa.params.values())
+    told = schedule.report()["lisa"]
+    assert told["state_mb"] == 8 * (everything - 3 * block) / 2**20
+    assert told["whole_state_mb"] == pytest.approx(8 * everything / 2**20)
+
+
 def test_all_blocks_awake_is_full_fine_tuning():
     lisa, full = plain(), plain()
     optimizer, _ = start(lisa, layers=4)

@@ -10,6 +10,7 @@ masking does not change the scale. `shrink`, at the end, drops what is masked. M
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,10 @@ class AdaLoraConfig(LoraConfig):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
         if self.target_r > self.init_r:
-            raise ConfigError(f"target_r={self.target_r} is above init_r={self.init_r}, so there is nothing to prune")
+            raise ConfigError(
+                f"target_r={self.target_r} is above init_r={self.init_r}, so there is nothing to prune; "
+                f"use init_r={math.ceil(1.5 * self.target_r)}, or a target_r of at most {self.init_r}"
+            )
         if self.r != type(self).r:
             warnings.warn("AdaLoRA does not use r; the rank it starts with is init_r", stacklevel=3)
         self._check_schedule()

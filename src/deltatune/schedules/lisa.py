@@ -118,12 +118,14 @@ class LisaSchedule(Schedule):
     """
     Attributes:
         awake: paths of the blocks that train now.
+        peak: bytes of the optimiser's state of the base, the most so far.
     """
 
     def __init__(self, run: Run, options: Lisa, params: dict[str, nn.Parameter], blocks: dict[str, list[str]]) -> None:
         super().__init__(run)
         self.options, self.params, self.blocks = options, params, blocks
         self.awake: list[str] = []
+        self.peak = 0
 
     def drawn(self, window: int) -> list[str]:
         """The blocks of a window of K steps; the same in every process and after every resume."""
@@ -157,10 +159,20 @@ class LisaSchedule(Schedule):
                 p.grad = None  # zeros would still move it: weight decay and momentum
 
     def after_step(self) -> None:
+        self.peak = max(self.peak, sum(map(self._state_bytes, self.params.values())))
         if self.run.step % self.options.every == 0 and self.run.step != self.run.total:
             self.wake(self.drawn(self.run.step // self.options.every))
 
+    def _state_bytes(self, param: Tensor) -> int:
+        """Of one parameter's moments; of a sharded one those of all processes."""
+        values = self.run.optimizer.state.get(param, {}).values()
+        return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.ndim)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"peak": self.peak}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.peak = state["peak"]
         self.wake(self.drawn(max(self.run.step - (self.run.step == self.run.total), 0) // self.options.every))
 
     def ever_awake(self) -> list[str]:
@@ -174,8 +186,13 @@ class LisaSchedule(Schedule):
             p.requires_grad_(True)
 
     def report(self) -> dict[str, Any]:
-        """`trained`: how many blocks have trained at some time, of `blocks`."""
-        return {"trained": len(self.ever_awake()), "blocks": len(self.blocks)}
+        """`trained`: how many blocks have trained at some time, of `blocks`; `state_mb`: the optimiser's state at its
+        peak, of `whole_state_mb` if every block had trained all the time."""
+        ends = set(self.params) - {name for names in self.blocks.values() for name in names}
+        awake = ends.union(*(self.blocks[path] for path in self.awake))
+        share = sum(p.numel() for p in self.params.values()) / sum(self.params[name].numel() for name in awake)
+        told = {"state_mb": self.peak / 2**20, "whole_state_mb": self.peak * share / 2**20}
+        return {"trained": len(self.ever_awake()), "blocks": len(self.blocks), **told}
 
     def save(self, folder: Path) -> bool:
         asleep = {name for path, names in self.blocks.items() if path not in self.ever_awake() for name in names}

@@ -69,6 +69,8 @@ def _told(report: dict[str, Any]) -> str:
     for key, value in report.items():
         if isinstance(value, dict):
             value = f"{min(value.values())} to {max(value.values())}" if value else "none"
+        elif isinstance(value, float):
+            value = f"{value:.3g}"
         parts.append(f"{key.replace('_', ' ')} {value}")
     return ", ".join(parts)
 
