@@ -156,6 +156,23 @@ def test_a_merge_is_what_ran_merge_aware(kind, rounding):
         assert not torch.equal(model(x), aware)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
+def test_gradients_pass_straight_through(options):
+    torch.manual_seed(0)
+    net = nn.Sequential(HERE["nf4"](nn.Linear(128, 128)))
+    model = get_peft_model(net, LoraConfig(r=4, target_modules=["0"], **options))
+    shake(model, 0.01)
+    x, weights = torch.randn(6, 128, requires_grad=True), torch.randn(6, 128)
+    params = [p for p in model.parameters() if p.requires_grad]
+    plain = torch.autograd.grad((model(x) * weights).sum(), params)
+    model.set_merge_aware()
+    *through, dx = torch.autograd.grad((model(x) * weights).sum(), [*params, x])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, through, strict=True))
+    with torch.no_grad():
+        model.merge_adapter()
+        assert torch.allclose(dx, weights @ net[0].weight, atol=1e-5)
+
+
 def test_draws():
     draw = draws("a.weight", 5000, 0, torch.device("cpu"))
     assert 0 < float(draw.min()) < 1e-3 < 0.999 < float(draw.max()) < 1

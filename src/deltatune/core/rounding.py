@@ -8,16 +8,18 @@ as happens to a weight whose change leads well beyond its grid.
 
 Merge-aware training runs a merged weight as it will be written:
 
-    W' = load(write(merged(W)))        forward: y + (W' - W) x;  backward: as if write and load changed nothing
+    W' = load(write(merged(W)))        forward: y + (W' - W) x
 
-The straight-through estimator (arXiv 1308.3432) passes the gradient of W' to merged(W) as it is. What such training
-ends with is the merged model itself.
+    backward, the straight-through estimator (arXiv 1308.3432): dL/dW' is taken for dL/d merged(W), which is what the
+    adapters' own updates give for the same dL/dy; dL/dx is that of W'
+
+What such training ends with is the merged model itself.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -80,29 +82,12 @@ class Rounding:
         except BeyondGridError:
             return store.save(param, value)
 
+    @torch.no_grad()
     def change(self, ref: Any, value: Tensor) -> Tensor:
-        """What `write` will have changed of the base's numbers; the gradient passes straight through to `value`."""
-        with torch.no_grad():
-            there = ref.store.load(self.write(ref, value.detach())).to(value.dtype)
-            there = there - ref.store.load(ref.param).to(value.dtype)
-        made: Tensor = _Through.apply(value, there)  # type: ignore[no-untyped-call]
-        return made
-
-
-class _Through(torch.autograd.Function):
-    """Its second argument, with the gradient of its first."""
-
-    @staticmethod
-    def forward(value: Tensor, there: Tensor) -> Tensor:
-        return there.view_as(there)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        """What `write` will have changed of the base's numbers, as they are read then."""
+        there: Tensor = ref.store.load(self.write(ref, value)).to(value.dtype)
+        base: Tensor = ref.store.load(ref.param).to(value.dtype)
+        return there - base
 
 
 @lru_cache(maxsize=4)
@@ -129,15 +114,31 @@ class Rounded(Delta):
     def __init__(self, deltas: Sequence[Delta], how: Rounding) -> None:
         super().__init__(deltas[0].ref)
         self.deltas, self.how = deltas, how
+        self.reads_output = any(delta.reads_output for delta in deltas)
         self.host = deltas[0].host
 
     def apart(self, x: Tensor) -> Tensor:
+        return self._with_gradients(x, lambda delta: delta.apart(x.detach()))
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._with_gradients(x, lambda delta: delta.update(x.detach(), y.detach()))
+
+    def _with_gradients(self, x: Tensor, update: Callable[[Delta], Tensor | None]) -> Tensor:
+        """The rounded update; its gradient for the input is its own, and for the deltas that of their updates."""
+        rounded = self._rounded(x)
+        if not torch.is_grad_enabled():
+            return rounded
+        smooth = [made for delta in self.deltas if (made := update(delta)) is not None]
+        return sum((made - made.detach() for made in smooth), rounded)
+
+    def _rounded(self, x: Tensor) -> Tensor:
         from deltatune.core.combine import fold
 
         ref = self.ref
 
         def change() -> Tensor:
-            return ref.op.matrix(self.how.change(ref, fold(self.deltas)))
+            with torch.no_grad():
+                return ref.op.matrix(self.how.change(ref, fold(self.deltas)))
 
         plan: Any = cast(Any, self.host).plan
         delta = plan.remember((Rounded, *map(id, self.deltas)), change)
