@@ -42,10 +42,10 @@ WARM = 0.05
 PASSES: tuple[tuple[str, int | None, int], ...] = (
     ("classes", 3, 1),
     ("language", 1, 1),
-    ("scratch", 3, 1),
+    ("scratch", 2, 3),
     ("classes", None, 3),
-    ("scratch", None, 3),
     ("language", None, 1),
+    ("scratch", None, 3),
     ("small", None, 3),
 )
 
