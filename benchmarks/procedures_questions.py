@@ -275,7 +275,7 @@ def train_whole(net: Any, steps: list[Batch]) -> None:
 
 
 def scratch(folder: Path) -> Question:
-    """A Llama of 0.4 million parameters from nothing; rank 4 of a width of 128, seven restarts (five after a warm start)."""
+    """A Llama of 0.4 million parameters from nothing; rank 4 of a width of 128, seven restarts (five after warming)."""
 
     def model(seed: int) -> Any:
         torch.manual_seed(seed)

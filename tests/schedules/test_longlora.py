@@ -282,3 +282,23 @@ def without_lora():
 def test_a_context_that_cannot_be_kept(make, says):
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+@pytest.mark.parametrize("first", ["relora", "longlora"])
+def test_what_two_procedures_have_changed_is_saved_together(tmp_path, first):
+    from deltatune import PeftModel
+    from deltatune.schedules import ReLora
+
+    model = long_model()
+    given = [ReLora(cycle=2, restart_warmup=1, train_rest=False), LongLora(groups=2)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    schedule = attach(model, optimizer, *sorted(given, key=lambda p: p.name != first), total_steps=5)
+    for i in range(5):
+        model(**batches()[i]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    schedule.finish()
+    assert schedule.save(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(initializer_range=0.1), tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=TOKENS).logits, model.eval()(input_ids=TOKENS).logits, atol=1e-5)
