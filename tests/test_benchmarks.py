@@ -3,9 +3,11 @@
 import json
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -46,3 +48,34 @@ def test_the_gpu_script_runs_without_one(run):
     assert {"tiny bf16 step: DoRA", "tiny NF4 tokens/s: LoRA", "tiny bf16 decode: 16 different"} <= found[
         "results"
     ].keys()
+
+
+def test_the_gpu_script_lists_what_it_leaves_out(tmp_path):
+    import gpu
+
+    run = gpu.Run(tmp_path / "out.json", minutes=1)
+
+    def raising(error: Exception):
+        def measure():
+            raise error
+
+        return measure
+
+    run.piece("good", lambda: {"row": {"peft": [1.0]}})
+    run.piece("large", raising(torch.OutOfMemoryError("no memory")))
+    run.piece("long", raising(gpu.CutOffError()))
+    run.minutes = 0
+    run.piece("late", lambda: {"row": {"peft": [2.0]}})
+    run.write()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["results"] == {"row": {"peft": [1.0]}}
+    assert found["left_out"] == ["large (out of memory)", "long (cut off by the clock)", "late (no time)"]
+
+
+def test_the_gpu_script_stops_a_piece_that_runs_over(tmp_path, monkeypatch):
+    import gpu
+
+    monkeypatch.setattr(gpu, "GRACE", 0.05)
+    run = gpu.Run(tmp_path / "out.json", minutes=0)
+    with pytest.raises(gpu.CutOffError), run.alarm():
+        time.sleep(5)

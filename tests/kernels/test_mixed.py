@@ -92,3 +92,14 @@ def test_rows_are_sorted_once_a_call():
         model.base_model.model(torch.randn(4, 16))
     assert known.keys() == state.rows._known.keys()
     assert all(state.rows._known[key] is value for key, value in known.items())
+
+
+def test_compiles_whole():
+    model, names, x = adapted(), ["c", "a", "a", "b", "__base__"], torch.randn(5, 3, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    params = [p for p in model.parameters() if p.requires_grad]
+    found, expected = (run(x, adapter_names=names) for run in (compiled, model))
+    torch.testing.assert_close(found, expected)
+    pairs = (torch.autograd.grad(y.square().sum(), params, allow_unused=True) for y in (found, expected))
+    for one, two in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)

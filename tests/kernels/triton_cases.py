@@ -15,7 +15,7 @@ from deltatune.stores.nf4 import dequantize_nf4, quantize_nf4
 from deltatune.stores.nf4_layer import Nf4Linear
 
 #: relative error of a norm
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -34,6 +34,7 @@ RUNS = {
     "one row each, much to add up": ((1, 1, 1), (16, 16, 16), 520, 40, 8),
     "longer runs than a tile": ((70, 20), (16, 16), 40, 65, 1),
     "ranks above a tile": ((2, 3), (24, 70), 70, 40, 2),
+    "one low rank, padded": ((4, 2), (3, 3), 20, 18, 1),
 }
 
 
@@ -41,11 +42,12 @@ RUNS = {
 @pytest.mark.parametrize("case", RUNS.values(), ids=RUNS)
 def test_grouped_low_rank(case, dtype):
     sizes, ranks, inputs, out, parts = case
-    assert parts_of(sizes, max(ranks), inputs) == parts
+    most = max(8, *ranks)
+    assert parts_of(sizes, most, inputs) == parts
     torch.manual_seed(0)
     x = torch.randn(sum(sizes), inputs).to(dtype)
-    a = (torch.randn(len(sizes), max(ranks), inputs) / inputs**0.5).to(dtype)
-    b = torch.randn(len(sizes), max(ranks), out).to(dtype).mT
+    a = (torch.randn(len(sizes), most, inputs) / inputs**0.5).to(dtype)
+    b = torch.randn(len(sizes), most, out).to(dtype).mT
     for n, r in enumerate(ranks):  # what lies beyond a rank must not be read
         a[n, r:] = b[n, :, r:] = float("nan")
     tensors = [t.requires_grad_() for t in (x, a, b)]
@@ -245,6 +247,17 @@ def test_compiled_in_one_graph(made):
         torch.manual_seed(1)
         found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
     assert made == ["product"] * 4
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_batches_compile_in_one_graph(made):
+    model, names, x = mixed(), BATCHES["three ranks and rows without"], torch.randn(5, 3, 16)
+    with kernels.use("plain"):
+        expected = gradients(model, x, adapter_names=names)
+    with kernels.use("triton"):
+        found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x, adapter_names=names)
+    assert made == ["forward", "forward", "backward", "backward"]
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 

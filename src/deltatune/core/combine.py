@@ -178,7 +178,7 @@ def run_rows(host: Any, base: Base, rows: RowPlan, args: Args, kwargs: Kwargs) -
     shared = None if torch.compiler.is_compiling() else rows.remember(("shared", id(host)), lambda: _shared(host, rows))
     if shared is not None:
         return _run_shared(host, base, rows, shared, args, kwargs)
-    groups = [(edits, r) for n, r in rows.groups if (edits := _row_edits(host, n))]
+    groups = [group for n, r in rows.groups for group in [(_row_edits(host, n), r)] if group[0]]
     where = f"{type(host).__name__} {host.path!r}"
     args, kwargs = _pre_rows(groups, rows, args, kwargs, where)
     out = base(*args, **kwargs)

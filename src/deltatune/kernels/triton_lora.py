@@ -148,10 +148,10 @@ def _tables(sizes: tuple[int, ...], ranks: tuple[int, ...], device: torch.device
 
 
 class Runs:
-    """One cut of `(T, …)` tokens into runs, and the kernels on it."""
+    """One cut of `(T, …)` tokens into runs, and the kernels on it; `most` is the rank R of what is padded."""
 
-    def __init__(self, sizes: tuple[int, ...], ranks: tuple[int, ...], device: torch.device) -> None:
-        self.sizes, self.limited = sizes, len(set(ranks)) > 1
+    def __init__(self, sizes: tuple[int, ...], ranks: tuple[int, ...], most: int, device: torch.device) -> None:
+        self.sizes, self.limited = sizes, min(ranks) < most
         self.tiles, self.offsets, self.ranks = _tables(sizes, ranks, device)
 
     def rows(self, x: Tensor, w: Tensor, *, inner_is_rank: bool, parts: int = 1) -> Tensor:
@@ -184,21 +184,23 @@ class Runs:
 # ---------------------------------------------------------------------- forward and backward
 def forward(x: Tensor, a: Tensor, b: Tensor, sizes: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """(y `(T, out)`, h `(parts, T, R)`)."""
-    runs, parts = Runs(sizes, ranks, x.device), parts_of(sizes, a.shape[1], a.shape[2])
-    h = runs.rows(_lines(x)[None], a, inner_is_rank=False, parts=parts)
-    return runs.rows(h, b, inner_is_rank=True)[0], h
+    runs, parts = Runs(sizes, ranks, a.shape[1], x.device), parts_of(sizes, a.shape[1], a.shape[2])
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        h = runs.rows(_lines(x)[None], a, inner_is_rank=False, parts=parts)
+        return runs.rows(h, b, inner_is_rank=True)[0], h
 
 
 def backward(
     g: Tensor, x: Tensor, a: Tensor, b: Tensor, h: Tensor, sizes: tuple[int, ...], ranks: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, da, db)."""
-    runs, g = Runs(sizes, ranks, x.device), _lines(g)
-    dh = runs.rows(g[None], b.mT, inner_is_rank=False)
-    dx = runs.rows(dh, a.mT, inner_is_rank=True)[0]
-    da = runs.outer(dh[0], _lines(x), a, rank_first=True)
-    hs = h[0] if len(h) == 1 else h.sum(0).to(b.dtype)
-    return dx, da, runs.outer(g, hs, b, rank_first=False)
+    runs, g = Runs(sizes, ranks, a.shape[1], x.device), _lines(g)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        dh = runs.rows(g[None], b.mT, inner_is_rank=False)
+        dx = runs.rows(dh, a.mT, inner_is_rank=True)[0]
+        da = runs.outer(dh[0], _lines(x), a, rank_first=True)
+        hs = h[0] if len(h) == 1 else h.sum(0).to(b.dtype)
+        return dx, da, runs.outer(g, hs, b, rank_first=False)
 
 
 def _lines(x: Tensor) -> Tensor:

@@ -115,16 +115,16 @@ def product(
     across = bj if back else INNER  # how much of a row of W a tile holds
     h, p = (x, x) if pair is None else pair
     h = h if h.stride(-1) == 1 else h.contiguous()
-    nothing = q.absmax
-    _product[(triton.cdiv(x.shape[0], m), triton.cdiv(outs, bj))](
-        x, q.packed, q.absmax, nothing if q.absmax2 is None else q.absmax2, nothing if q.offset is None else q.offset,
-        *codes, x if bias is None else bias, h, p, y,
-        x.shape[0], outs, inner, inputs, h.shape[1], s, x.stride(0), h.stride(0), *p.stride(), y.stride(0),
-        BACK=back, DOUBLE=q.offset is not None, BIAS=bias is not None, PAIR=pair is not None,
-        BLOCK=q.block, BLOCK2=ABSMAX_BLOCK, BY_ROW=inputs % q.block == 0 and q.block % across == 0,
-        INDEX=tl.int32 if out * inputs < 2**31 else tl.int64, DTYPE=NAMES[q.dtype],
-        M=m, BJ=bj, BL=INNER, BR=block(h.shape[1]), PRECISION=precision(x.dtype),
-    )  # fmt: skip
+    offset, absmax2 = (q.absmax if t is None else t for t in (q.offset, q.absmax2))  # unread where there is none
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        _product[(triton.cdiv(x.shape[0], m), triton.cdiv(outs, bj))](
+            x, q.packed, q.absmax, absmax2, offset, *codes, x if bias is None else bias, h, p, y,
+            x.shape[0], outs, inner, inputs, h.shape[1], s, x.stride(0), h.stride(0), *p.stride(), y.stride(0),
+            BACK=back, DOUBLE=q.offset is not None, BIAS=bias is not None, PAIR=pair is not None,
+            BLOCK=q.block, BLOCK2=ABSMAX_BLOCK, BY_ROW=inputs % q.block == 0 and q.block % across == 0,
+            INDEX=tl.int32 if out * inputs < 2**31 else tl.int64, DTYPE=NAMES[q.dtype],
+            M=m, BJ=bj, BL=INNER, BR=block(h.shape[1]), PRECISION=precision(x.dtype),
+        )  # fmt: skip
     return y
 
 
