@@ -15,6 +15,7 @@ from deltatune.core import fingerprint
 from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.checkpoint import LoadReport, adapter_state, load_adapter_state, remap
 from deltatune.core.files import SAFETENSORS_NAME, find_file, read_tensors, write_tensors
+from deltatune.core.ties import TiedCopy
 from deltatune.errors import DeltatuneError
 
 #: names in `target_modules` that make peft write the base's matrix too, for a vocabulary that has grown
@@ -45,6 +46,10 @@ def get_peft_model_state_dict(
     adapters = find_adapters(model)
     prefix = getattr(getattr(model, "_orig_mod", model), "state_prefix", "")
     tensors = adapter_state(adapters, adapter_name, prefix=prefix, source=state_dict)
+    for edit in adapters.edits[adapter_name]:
+        if isinstance(edit, TiedCopy):  # peft's reader asks for the head too
+            name = f"{prefix}{edit.source.host.path}.weight"
+            tensors[f"{prefix}{edit.host.path}.weight"] = tensors[name].detach().clone()
     if save_embedding_layers:
         embeddings = _embeddings(adapters, adapter_name, always=save_embedding_layers is True)
         tensors |= {f"{prefix}{k}": t for k, t in embeddings.items()}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deltatune import PeftModel
+from deltatune import LoraConfig, PeftModel, get_peft_model
 from interop.nets import conv_net, tokens
 from interop.roundtrip import both_ways, run, same_files
 from tiny import bert, gpt2, llama, shake
@@ -163,3 +163,14 @@ def test_multihead_attention(options, tmp_path):
     with torch.no_grad():
         ours.get_parameter("base_model.model.attention.out_proj.lora_B.default.weight").mul_(2)
     assert torch.allclose(run(ours, tokens()), wanted, atol=1e-5)
+
+
+def test_peft_reads_a_trained_embedding_with_its_tied_head(tmp_path):
+    config = LoraConfig(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(llama(tie_word_embeddings=True), config)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), str(tmp_path))
+    x = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=x).logits, model.eval()(input_ids=x).logits, atol=1e-5)

@@ -238,11 +238,12 @@ def test_a_saved_run_loads_with_the_positions_it_trained_with(tmp_path, tied):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_peft_reads_it_as_a_lora_and_says_what_it_ignores(tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_peft_reads_it_as_a_lora_and_says_what_it_ignores(tmp_path, tied):
     import peft
 
-    _, wanted = trained_long(tmp_path)
-    base = llama(**LONG)
+    _, wanted = trained_long(tmp_path, tie_word_embeddings=tied)
+    base = llama(**LONG, tie_word_embeddings=tied)
     interpolate_positions(base, 33)
     with pytest.warns(UserWarning, match="context_length"):
         loaded = peft.PeftModel.from_pretrained(base, str(tmp_path))

@@ -46,6 +46,8 @@ def write_with_modules(run: Run, names: Iterable[str], folder: Path) -> bool:
     for path, module in modules.items():
         for name, value in module.state_dict().items():
             state[f"{PREFIX}{path}.{name}"] = whole(value.detach()).clone()
+        for head in tied_heads(run.root, path):  # peft's reader asks for it too
+            state[f"{PREFIX}{head}.weight"] = whole(module.get_parameter("weight").detach()).clone()
     write_adapter(adapters, run.adapter, folder, state, config)
     return True
 
