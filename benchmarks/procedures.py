@@ -227,10 +227,22 @@ def early_loss(losses: list[float]) -> float:
     return statistics.fmean(losses[int(0.15 * n) : int(0.25 * n)])
 
 
-def panels(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """(question, family) of every panel of the figure."""
-    found = ((key.partition("/")[0], s["entry"].family) for key, s in summaries.items())
-    return list(dict.fromkeys((question, family) for question, family in found if family is not None))
+def panels(summaries: dict[str, dict[str, Any]], columns: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """(question, family) -> (row, column) of its panel; a question that does not fit into a row begins the next."""
+    found: dict[str, list[str]] = {}
+    for key, s in summaries.items():
+        families = found.setdefault(key.partition("/")[0], [])
+        if s["entry"].family not in (None, *families):
+            families.append(s["entry"].family)
+    places: dict[tuple[str, str], tuple[int, int]] = {}
+    row = column = 0
+    for question, families in sorted(found.items(), key=lambda item: len(item[1])):
+        if column + len(families) > columns:
+            row, column = row + 1, 0
+        for family in families:
+            places[question, family] = (row, column)
+            column += 1
+    return places
 
 
 def draw(summaries: dict[str, dict[str, Any]], path: Path, columns: int = 4) -> None:
@@ -238,38 +250,46 @@ def draw(summaries: dict[str, dict[str, Any]], path: Path, columns: int = 4) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    places = panels(summaries)
-    rows = math.ceil(len(places) / columns)
+    places = panels(summaries, columns)
+    rows = 1 + max(row for row, _ in places.values())
     figure = Figure(figsize=(4.2 * columns, 3.5 * rows), layout="constrained", dpi=110)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid[len(places) :]:
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flatten():
         axes.set_axis_off()
-    for axes, (question, family) in zip(grid, places, strict=False):
-        number = 0
-        lowest, highest = [], []
-        for key, s in summaries.items():
-            if key.partition("/")[0] != question or s["entry"].family not in (None, family):
-                continue
-            color = "black" if s["entry"].family is None else f"C{number}"
-            number += s["entry"].family is not None
-            curves = torch.tensor([smooth(r["losses"]) for r in s["runs"]])
-            mean = curves.mean(0)
-            axes.plot(mean, color=color, label=key.partition("/")[2], linewidth=1.6)
-            if len(curves) > 1:
-                axes.fill_between(
-                    range(len(mean)), curves.amin(0), curves.amax(0), color=color, alpha=0.15, linewidth=0
-                )
-            lowest.append(float(mean.min()))
-            highest.append(float(mean[0]))
-        axes.set_ylim(0.9 * min(lowest), 1.15 * max(highest))
-        axes.set_yscale("log")
-        axes.set_title(f"{question}: {family}", fontsize=10)
-        axes.set_xlabel("optimiser step")
-        axes.legend(fontsize=7.5)
-    for axes in grid[::columns]:
-        axes.set_ylabel("training loss (smoothed)")
+    for (question, family), (row, column) in places.items():
+        chosen = {k: s for k, s in summaries.items() if k.startswith(f"{question}/")}
+        chosen = {k: s for k, s in chosen.items() if s["entry"].family in (None, family)}
+        grid[row, column].set_axis_on()
+        draw_panel(grid[row, column], chosen)
+        grid[row, column].set_title(f"{question}: {family}", fontsize=10)
+        if not column:
+            grid[row, column].set_ylabel("training loss (smoothed)")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def draw_panel(axes: Any, chosen: dict[str, dict[str, Any]]) -> None:
+    """One panel's lines."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    number, lowest, highest = 0, math.inf, 0.0
+    for key, s in chosen.items():
+        color = "black" if s["entry"].family is None else f"C{number}"
+        number += s["entry"].family is not None
+        curves = torch.tensor([smooth(r["losses"]) for r in s["runs"]])
+        mean = curves.mean(0)
+        axes.plot(mean, color=color, label=key.partition("/")[2], linewidth=1.6)
+        if len(curves) > 1:
+            axes.fill_between(range(len(mean)), curves.amin(0), curves.amax(0), color=color, alpha=0.15, linewidth=0)
+        lowest, highest = min(lowest, float(mean.min())), max(highest, float(mean[0]))
+    axes.set_ylim(0.9 * lowest, 1.15 * highest)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.set_xlabel("optimiser step")
+    axes.legend(fontsize=7.5)
 
 
 def smooth(losses: list[float], keep: float = 0.9) -> list[float]:
