@@ -53,6 +53,33 @@ def test_same_as_in_memory(places):
     assert not list(out.parent.glob(".*partial"))
 
 
+def saved_with(tmp_path, **options):
+    """(target, output, the adapted model) of a LoRA that changes the model's configuration."""
+    base = llama(tie_word_embeddings=False, max_position_embeddings=16)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **options))
+    shake(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    return Target("adapter", str(tmp_path / "base"), adapter=tmp_path / "adapter"), tmp_path / "out", adapted
+
+
+def test_a_longer_context_is_in_the_configuration(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    target, out, adapted = saved_with(tmp_path, context_length=33)
+    merge_stream(target, out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.max_position_embeddings == 48
+    ids = torch.randint(2, 60, (1, 30))
+    assert torch.allclose(model(ids).logits, adapted(ids).logits, atol=1e-5)
+
+
+def test_replicated_layers_are_not_in_the_files(tmp_path):
+    target, out, _ = saved_with(tmp_path, layer_replication=[(0, 2), (0, 2)])
+    with pytest.raises(ValueError, match="layer_replication makes layers that the base's files lack"):
+        merge_stream(target, out)
+
+
 def test_goes_on_after_the_last_whole_shard(places, monkeypatch):
     target, _, out, _ = places
     written, real = [], streaming.write_shard

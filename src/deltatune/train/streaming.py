@@ -8,6 +8,7 @@ broken off goes on after the last whole shard.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -101,13 +102,13 @@ def merge_stream(
     done = _done(staging, key)
     todo = [s for s in shards if s.path.name not in done]
     check_space(output, sum(s.bytes for s in todo) + MARGIN)
-    model, samples = _hollow(source, target.adapter)
+    model, samples, changes = _hollow(source, target.adapter)
     folder = _Folder(model, quantization, samples, merge_aware(target) if quantization else None)
     folder.check(shards)
     _begin(staging, key)
     for shard in todo:
         write_shard(shard, staging / shard.path.name, folder)
-    _finish(staging, output, source, shards, wanted)
+    _finish(staging, output, source, shards, wanted, changes)
     name = "as stored" if wanted is None else dtype
     write_text(output / "README.md", model_card(target, resolved, name, None))
     return Merged(output, resolved.name, target.adapter, name, size_of(output), None)
@@ -131,8 +132,9 @@ def local_files(resolved: Any) -> Path:
 
 
 # ---------------------------------------------------------------------- the model without numbers
-def _hollow(source: Path, adapter: Path) -> tuple[Any, dict[str, list[float]]]:
-    """(the base as shapes, with the real adapter on it; numbers of the base that the adapter was trained on)."""
+def _hollow(source: Path, adapter: Path) -> tuple[Any, dict[str, list[float]], dict[str, Any]]:
+    """(the base as shapes, with the real adapter on it; numbers of the base that the adapter was trained on; what the
+    adapter changes in the base's configuration)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from deltatune import PeftModel
@@ -145,6 +147,7 @@ def _hollow(source: Path, adapter: Path) -> tuple[Any, dict[str, list[float]]]:
         model = AutoModelForCausalLM.from_config(config)
     model.to_empty(device="cpu")  # memory that nothing touches is not taken
     model.tie_weights()
+    before = copy.deepcopy(config.to_dict())
     with warnings.catch_warnings():  # that the base's numbers are others; each is checked when it is read
         warnings.filterwarnings("ignore", message=".*made for another base.*")
         wrapped = PeftModel.from_pretrained(model, str(adapter), strict=False)
@@ -156,7 +159,10 @@ def _hollow(source: Path, adapter: Path) -> tuple[Any, dict[str, list[float]]]:
     lacks = [s.key for s in slots_of(wrapped.adapters, "default").values() if s.derived and s.key not in keys]
     if lacks:
         raise ValueError(f"{lacks[0]} is computed from the whole base, which is not loaded; merge without --stream")
-    return wrapped, (read_json_metadata(metadata, fingerprint.METADATA_KEY) or {}).get("samples", {})
+    changes = {key: value for key, value in model.config.to_dict().items() if value != before.get(key)}
+    if "num_hidden_layers" in changes:
+        raise ValueError("layer_replication makes layers that the base's files lack; merge without --stream")
+    return wrapped, (read_json_metadata(metadata, fingerprint.METADATA_KEY) or {}).get("samples", {}), changes
 
 
 class _Folder:
@@ -325,10 +331,19 @@ def _others(source: Path) -> Iterator[Path]:
             yield file
 
 
-def _finish(staging: Path, output: Path, source: Path, shards: list[Shard], wanted: torch.dtype | None) -> None:
+def _finish(
+    staging: Path,
+    output: Path,
+    source: Path,
+    shards: list[Shard],
+    wanted: torch.dtype | None,
+    changes: dict[str, Any],
+) -> None:
     for file in _others(source):
         shutil.copyfile(file, staging / file.name)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), **changes}
+    if "rope_parameters" in changes:
+        config.pop("rope_scaling", None)  # the older name of the same
     if wanted is not None:
         config["dtype"] = str(wanted).removeprefix("torch.")
         config.pop("torch_dtype", None)
