@@ -265,7 +265,7 @@ def decode(setup: Setup, base: nn.Module, label: str, column: str, library: Any,
     model.set_adapter("default")
     model.eval()
     cases: dict[str, dict[str, Any]] = {"one live": {}}
-    for n in (1, 4, 8, 16):
+    for n in (4, 8, 16):
         cases[f"{n} different"] = {"adapter_names": [names[i * n // 16] for i in range(16)]}
     found: Rows = {}
 
@@ -275,7 +275,7 @@ def decode(setup: Setup, base: nn.Module, label: str, column: str, library: Any,
 
     with kernels.use(mode):
         before = plain()
-        for k in range(min(setup.rounds, 3) + 1):
+        for k in range(min(setup.rounds, 2) + 1):
             for case, extra in cases.items():
                 own = timed(setup, lambda extra=extra: model.generate(ids, **options, **extra))
                 after = plain()
@@ -366,7 +366,7 @@ def measure(run: Run, device: str, is_tiny: bool) -> None:
     """The pieces, those that only a GPU can tell first."""
     size = {"rows": 2, "length": 16, "rounds": 1, "tokens": 4}
     if not is_tiny:
-        size = {"rows": 4, "length": 1024, "rounds": 4, "tokens": 16}
+        size = {"rows": 4, "length": 1024, "rounds": 4, "tokens": 12}
     small = "tiny" if is_tiny else "1B"
     exact = Setup(lambda dtype: random_llama(small, device, dtype=getattr(torch, dtype)), device=device, **size)
     run.piece("agreement", lambda: agreement(exact))

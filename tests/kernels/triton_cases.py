@@ -129,9 +129,10 @@ def test_what_is_not_for_the_kernels_takes_torchs_way(made):
     with kernels.use("triton"):
         model(torch.randn(4, 16, dtype=torch.float64), adapter_names=names)
         model.float()(torch.randn(4, 0, 16), adapter_names=names)
+        assert not made
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.randn(4, 16), adapter_names=names)
-    assert not made
+    assert made == ["forward"]  # the second layer's input is in bfloat16 already
 
 
 # ---------------------------------------------------------------------- NF4
@@ -215,6 +216,19 @@ def test_nf4_layers_of_a_model(options, make, made):
     assert made == ["product"] * 2
     with kernels.use("plain"):  # with gradients: bitsandbytes repacks and rounds its weights at an inference on a CPU
         torch.testing.assert_close(found, model(x.requires_grad_()).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_to_the_dtype_that_is_there_already(made):
+    torch.manual_seed(0)
+    config = LoraConfig(r=5, target_modules=["one", "two"], init_lora_weights=False)
+    model, x = get_peft_model(Net(native).bfloat16(), config).train(), torch.randn(2, 3, 48, dtype=torch.bfloat16)
+    expected = gradients(model, x)
+    with kernels.use("triton"), torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model, x)
+    assert made == ["product"] * 4
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == two.dtype
+        assert float(((one - two).norm() / two.norm()).detach()) < 0.05
 
 
 def test_a_bitsandbytes_layer_in_another_type_is_left_alone(made):

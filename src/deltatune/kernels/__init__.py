@@ -8,7 +8,7 @@
   kept: less memory for one more product of the base.
 - `"plain"`: ordinary autograd of what the methods write.
 - `"triton"`: as `"fused"`, and Triton's kernels for mixed batches and for NF4 weights with their low-rank change, where
-  tensors are on a GPU, in 32 or 16 bits and not under autocast.
+  tensors are on a GPU, in 32 or 16 bits, and autocast would not cast them.
 - `"measure"`: as `"triton"`, but each of those is timed against torch's way first, once per size, on the GPU that is
   there, and the faster one is kept (`deltatune.kernels.gpu.measured()` shows the times).
 

@@ -67,8 +67,11 @@ def on(x: Tensor) -> bool:
         return False
     if x.dtype not in DTYPES or not x.numel():
         return False
-    here = x.is_cuda or (INTERPRETED and x.device.type == "cpu")
-    return here and not torch._C._are_functorch_transforms_active() and not torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:  # it would cast the input
+        return False
+    here = kind == "cuda" or (INTERPRETED and kind == "cpu")
+    return here and not torch._C._are_functorch_transforms_active()
 
 
 def faster(
