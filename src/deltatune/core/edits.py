@@ -380,8 +380,11 @@ class LowRank(Delta):
     def update_rows(self, edits: Sequence[LowRank], sizes: Sequence[int], x: Tensor, y: Tensor | None) -> Tensor:
         plan: Plan = cast(Any, self.host).plan
         key = ("rows", *map(id, edits), x.dtype)
-        a, b, ranks = plan.remember(key, lambda: self.stack([edit.factors() for edit in edits], x.dtype))
-        return self.grouped(a, b, ranks, sizes, self.drop_rows(edits, sizes, x))
+        a, b, ranks = plan.remember(key, lambda: self._stacked([edit.factors() for edit in edits], x.dtype))
+        return self.grouped(a, b, sizes, self.drop_rows(edits, sizes, x), ranks)
+
+    def _stacked(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
+        return (*self.stack(pairs, dtype), [a.shape[-2] for a, _ in pairs])
 
     def drop_rows(self, edits: Sequence[LowRank], sizes: Sequence[int], x: Tensor) -> Tensor:
         """Every adapter's own `drop` on its rows; `x` itself where none has any."""
@@ -395,24 +398,28 @@ class LowRank(Delta):
         """One grouped product for rows of `x` that come in runs of `sizes`, one run a pair."""
         return self.grouped(*self.stack(pairs, x.dtype), sizes, x)
 
-    def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor, list[int]]:
-        """`a: (n, r, in)`, `b: (n, out, r)` and ranks of several adapters, padded to a multiple of 8 where they differ.
+    def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`a: (n, r, in)` and `b: (n, out, r)` of several adapters, ranks padded to a multiple of 8 where they differ.
 
         The memory of `b` is `(n, r, out)`, which products of few rows read much faster.
         """
         dtype = dtype if dtype.is_floating_point else self.ref.dtype
-        ranks = [a.shape[-2] for a, _ in pairs]
-        if len(set(ranks)) > 1:
+        ranks = {a.shape[-2] for a, _ in pairs}
+        if len(ranks) > 1:
             r = -(-max(ranks) // ALIGN) * ALIGN
             pairs = [(F.pad(a, (0, 0, 0, r - a.shape[-2])), F.pad(b, (0, r - b.shape[-1]))) for a, b in pairs]
-        return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b.mT for _, b in pairs]).to(dtype).mT, ranks
+        return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b.mT for _, b in pairs]).to(dtype).mT
 
-    def grouped(self, a: Tensor, b: Tensor, ranks: Sequence[int], sizes: Sequence[int], x: Tensor) -> Tensor:
-        """Every run's own product: by a GPU kernel where one is chosen, else by torch's."""
+    def grouped(
+        self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor, ranks: Sequence[int] | None = None
+    ) -> Tensor:
+        """Every run's own product, by a GPU kernel where one is chosen; `ranks` are those before they were padded."""
         if len(sizes) == 1:
             return self.ref.factored(x, a[0], b[0])
         if self.ref.linear and gpu.on(x):
-            made = gpu.grouped(x, a, b, sizes, ranks, lambda x, a, b: self._by_torch(a, b, sizes, x))
+            made = gpu.grouped(
+                x, a, b, sizes, ranks or [a.shape[-2]] * len(sizes), lambda x, a, b: self._by_torch(a, b, sizes, x)
+            )
             if made is not None:
                 return made
         return self._by_torch(a, b, sizes, x)

@@ -89,7 +89,7 @@ class DoraDelta(Delta):
         else:
             rows = torch.tensor([i for i, n in enumerate(sizes) for _ in range(n)], device=x.device)
             change = plain * more[rows]
-        return change + self.pair.grouped(a, b, ranks, sizes, dropped)
+        return change + self.pair.grouped(a, b, sizes, dropped, ranks)
 
     def _stack(
         self, edits: Sequence[DoraDelta], dtype: torch.dtype, y: Tensor
@@ -97,8 +97,9 @@ class DoraDelta(Delta):
         """Of n adapters: A `(n, r, in)`, c s B `(n, out, r)`, ranks, and c - 1 `(n, …)`, times which rows of `y` go."""
         ratios = [edit.ratio() for edit in edits]
         factors = [edit.pair.factors() for edit in edits]
-        a, b, ranks = self.pair.stack([(a, c[..., None] * b) for c, (a, b) in zip(ratios, factors, strict=True)], dtype)
+        a, b = self.pair.stack([(a, c[..., None] * b) for c, (a, b) in zip(ratios, factors, strict=True)], dtype)
         more = [self.ref.align((c - 1).to(y.dtype), y) for c in ratios]
+        ranks = [a.shape[-2] for a, _ in factors]
         return a, b, ranks, torch.stack([m.view(*[1] * (y.ndim - 1 - m.ndim), *m.shape) for m in more])
 
     def ratio(self) -> Tensor:
