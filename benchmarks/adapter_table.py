@@ -4,6 +4,7 @@ The tasks, the steps and what is measured are those of selective_table.py, so th
 looks at 32 rows before it trains; AdaMix runs every batch twice (its consistency loss) and is measured with the mean of
 its experts.
 
+    python benchmarks/adapter_table.py --task messages --tune
     python benchmarks/adapter_table.py --wnut17 ../shared/data/wnut17
     python benchmarks/adapter_table.py --task messages "Pfeiffer"
 """

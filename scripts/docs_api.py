@@ -78,6 +78,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             *(f"{cls.__module__}:{cls.__name__}" for cls in map(PROCEDURES.get, sorted(PROCEDURES)) if cls),
             "deltatune.schedules.lora_plus:lora_plus_groups",
             "deltatune.methods.lora_fa:project_gradients",
+            "deltatune.schedules:interpolate_positions",
             "deltatune.schedules:Procedure",
             "deltatune.schedules:Schedule",
             "deltatune.schedules:Run",

@@ -686,7 +686,7 @@ class PeftModel(nn.Module):
         if different:
             text = f"{os.fspath(model_id)!r} was made for another base: {'; '.join(different)}"
             if strict:
-                raise BaseMismatchError(f"{text} (strict=False loads it all the same)")
+                raise BaseMismatchError(f"{text} (in Python, strict=False loads it all the same)")
             warnings.warn(text, stacklevel=3)
             report.notes += different
         return report

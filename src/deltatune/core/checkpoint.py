@@ -56,7 +56,7 @@ class LoadReport:
             parts.append(f"{key} has shape {there} in the file and {here} here")
         if len(self.mismatched) > 8:
             parts.append(f"and {len(self.mismatched) - 8} more shapes differ")
-        return "; ".join(parts) + " (strict=False loads what fits and returns this report)"
+        return "; ".join(parts) + " (in Python, strict=False loads what fits and returns this report)"
 
     def _candidates(self) -> str:
         if not self.missing_keys:
