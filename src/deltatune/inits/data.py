@@ -71,6 +71,20 @@ def as_base(model: nn.Module) -> Iterator[nn.Module]:
         yield root
 
 
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[nn.Module]:
+    """As `as_base`, and without dropout."""
+    root, _ = base_of(model)
+    training = [m for m in root.modules() if m.training]
+    root.eval()
+    try:
+        with as_base(model) as base:
+            yield base
+    finally:
+        for module in training:
+            module.training = True
+
+
 # ---------------------------------------------------------------------- the one way
 class Collector(abc.ABC):
     """Learns from a model's runs what an adapter starts as.

@@ -152,6 +152,9 @@ class Reader(Witness):
     def see(self, args: Args, kwargs: Kwargs) -> None:
         self.noted = args[0] if args else next(iter(kwargs.values()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "noted": None}  # of the last call, which a copy of the model has not had
+
     def rows(self, edit: Edit, like: Tensor) -> Tensor:
         """What was noted for those rows of a mixed batch that are an edit's; `like` has their shape.
 

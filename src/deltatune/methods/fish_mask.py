@@ -15,7 +15,7 @@ Entries are saved as positions and values. Merging adds them, exactly.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +30,7 @@ from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
 from deltatune.inits import is_loading
 from deltatune.inits._watch import GradientWatch
-from deltatune.inits.data import COLLECTORS, Collector, as_base, rows_of_batch, summed
+from deltatune.inits.data import COLLECTORS, Collector, evaluated, rows_of_batch, summed
 from deltatune.methods._sparse import ChosenConfig, name_of, share_of
 
 
@@ -113,19 +113,8 @@ class FisherCollector(Collector):
         #: id of a parameter -> the sum of its scores, in its own layout
         self.sums: dict[int, Tensor] = {}
 
-    @contextlib.contextmanager
-    def _evaluating(self, model: nn.Module) -> Iterator[nn.Module]:
-        training = [m for m in self.root.modules() if m.training]
-        self.root.eval()
-        try:
-            with as_base(model) as base:
-                yield base
-        finally:
-            for module in training:
-                module.training = True
-
     def running(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
-        return self._evaluating(model)
+        return evaluated(model)
 
     def watch(self) -> GradientWatch:
         return GradientWatch(self.root, (ref.param for ref in self.refs.values()), self._add)
