@@ -87,8 +87,12 @@ def test_importing_is_light():
         "from deltatune import LoraConfig, get_peft_model;"
         "model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=['0']));"
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
-        "heavy = {'transformers', 'peft', 'accelerate', 'datasets', 'pydantic', 'huggingface_hub', 'numpy'};"
-        "print(sorted(new & heavy))"
+        "heavy = {'transformers', 'peft', 'accelerate', 'datasets', 'pydantic', 'huggingface_hub', 'numpy', 'triton'};"
+        "print(sorted(new & heavy), 'torch._dynamo' in set(sys.modules) - before);"
+        "print(sorted(m for m in sys.modules if m.startswith('deltatune.methods.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy, methods = done.stdout.strip().splitlines()
+    assert heavy == "[] False"
+    needed = ("lora", "lora_bias", "trainable_tokens")
+    assert methods == str([f"deltatune.methods.{name}" for name in needed])  # one method does not import the others

@@ -53,15 +53,19 @@ class _PeftTypes(type):
     names: ClassVar[dict[str, PeftType]] = {}
 
     def __getattr__(cls, name: str) -> PeftType:
+        if name not in _PeftTypes.names and not name.startswith("_"):
+            known_methods()
         try:
             return _PeftTypes.names[name]
         except KeyError:
             raise AttributeError(f"no method {name!r} is registered{hint(name, _PeftTypes.names)}") from None
 
     def __iter__(cls) -> Any:
+        known_methods()
         return iter(_PeftTypes.names.values())
 
     def __contains__(cls, name: object) -> bool:
+        known_methods()
         return name in _PeftTypes.names
 
 
@@ -89,6 +93,8 @@ def register(cls: C) -> C:
         ConfigError: another class has this name.
     """
     name = str(cls.method)
+    if not cls.__module__.startswith("deltatune."):
+        known_methods()  # so that a name that is taken is refused here
     if METHODS.get(name, cls).__qualname__ != cls.__qualname__:
         raise ConfigError(f"a method named {name!r} is already registered by {METHODS[name].__qualname__}")
     METHODS[name] = cls
@@ -98,8 +104,9 @@ def register(cls: C) -> C:
 
 def known_methods() -> dict[str, type[PeftConfig]]:
     """method name -> configuration class, the shipped ones loaded."""
-    import deltatune.methods  # noqa: F401  (registers them)
+    from deltatune.methods import import_all
 
+    import_all()
     return METHODS
 
 

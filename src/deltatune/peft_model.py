@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deltatune import status
 from deltatune.config import PeftConfig, TaskType
 from deltatune.core import fingerprint
-from deltatune.core.adapters import AdapterSet, adapters_of
+from deltatune.core.adapters import AdapterSet, adapters_of, uncollected
 from deltatune.core.checkpoint import PREFIX, LoadReport, load_adapter_state, remap
 from deltatune.core.composition import Composition, Node, by_rows, channels, per_row
 from deltatune.core.files import (
@@ -641,6 +641,7 @@ class PeftModel(nn.Module):
         wrapped.eval()
         return wrapped
 
+    @uncollected()
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -680,7 +681,7 @@ class PeftModel(nn.Module):
     ) -> LoadReport:
         tensors, metadata = read_tensors(find_file(model_id, SAFETENSORS_NAME, **hub), device or "cpu")
         saved = read_json_metadata(metadata, fingerprint.METADATA_KEY)
-        report = load_adapter_state(self.adapters, name, remap(tensors, key_mapping), strict=strict)
+        report = load_adapter_state(self.adapters, name, remap(tensors, key_mapping), strict=strict, keep=True)
         base = self.base_model.model
         different = fingerprint.differences(base, self.adapters.deltas(name), saved) if saved else []
         if different:

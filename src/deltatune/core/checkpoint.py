@@ -70,9 +70,16 @@ def _list(keys: list[str], n: int = 8) -> str:
     return ", ".join(keys[:n]) + more
 
 
+#: what writers put between the base's own names
+_WRAPPERS = re.compile("_orig_mod|base_layer|modules_to_save|original_module")
+
+
 def canonical(key: str) -> str:
     """A key without what differs between writers: wrappers' names and the model prefix."""
-    key = key.removeprefix(PREFIX).replace("._orig_mod.", ".").removeprefix("_orig_mod.")
+    key = key.removeprefix(PREFIX)
+    if not _WRAPPERS.search(key):
+        return key
+    key = key.replace("._orig_mod.", ".").removeprefix("_orig_mod.")
     parts = [p for p in key.split(".") if p not in ("base_layer", "modules_to_save", "original_module")]
     return ".".join(parts)
 
@@ -165,9 +172,12 @@ def remap(state: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None) ->
 
 @torch.no_grad()
 def load_adapter_state(
-    adapters: AdapterSet, name: str, state: Mapping[str, Tensor], *, strict: bool = True
+    adapters: AdapterSet, name: str, state: Mapping[str, Tensor], *, strict: bool = True, keep: bool = False
 ) -> LoadReport:
     """Fills an adapter from `state`; keys may carry peft's prefixes.
+
+    Args:
+        keep: nobody else holds these tensors, so their memory may become the adapter's.
 
     Raises:
         AdapterLoadError: strict, and a key is missing, unexpected or mis-shaped. Nothing has been changed then.
@@ -198,7 +208,7 @@ def load_adapter_state(
     if strict and not report.clean:
         raise AdapterLoadError(report.describe(name))
     for slot, tensor in pairs:
-        slot.fill(tensor)
+        slot.fill(tensor, keep=keep)
         slot.later = None
     for slot in slots.values():
         if slot.later is not None:

@@ -70,6 +70,10 @@ class Leaf(nn.Module):
         return ", ".join(f"{k}={tuple(p.shape)}" for k, p in self._parameters.items() if p is not None)
 
 
+#: holds what has no place yet
+NOWHERE = AdapterTensors()
+
+
 class Slot:
     """Where one tensor of one adapter lives.
 
@@ -107,7 +111,7 @@ class Slot:
         self.advice = ""
         #: the device it belongs on, for tensors created without memory
         self.device: torch.device | None = None
-        self.holder: nn.Module = AdapterTensors()
+        self.holder: nn.Module = NOWHERE
         self.attr = ""
         self.key = self.file_name
 
@@ -124,7 +128,7 @@ class Slot:
         if self.leaf is not None:
             if adapter not in holder._modules:
                 holder.add_module(adapter, Leaf())
-            holder = holder.get_submodule(adapter)
+            holder = cast(nn.Module, holder._modules[adapter])
         self.holder, self.attr = holder, self.leaf if self.leaf is not None else adapter
         self._register(self.value)
         self.value = None
@@ -136,10 +140,16 @@ class Slot:
         else:
             self.holder.register_parameter(self.attr, nn.Parameter(value, requires_grad=self.trainable))
 
-    def fill(self, tensor: Tensor) -> None:
-        """Copies a checkpoint's tensor into place; one without memory is replaced, a sharded one gets its own part."""
+    def fill(self, tensor: Tensor, *, keep: bool = False) -> None:
+        """Copies a checkpoint's tensor into place; one without memory is replaced, a sharded one gets its own part.
+
+        Args:
+            keep: nobody else holds the tensor, so its memory may become ours.
+        """
         here: Any = self.weight
-        if here.is_meta:
+        if keep and here.dtype == tensor.dtype and here.device == tensor.device and type(here.data) is Tensor:
+            here.data = tensor
+        elif here.is_meta:
             self.replace(tensor.to(self.device or tensor.device, here.dtype))
         elif hasattr(here, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor

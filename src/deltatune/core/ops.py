@@ -7,6 +7,7 @@ the layer type; a new layer kind is one class and one table line here (or `regis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -287,9 +288,10 @@ def register_op(class_name: str, op: LinearOp) -> None:
     OPS[class_name] = BIASED[class_name] = op
 
 
-def class_names(cls: type) -> list[str]:
+@functools.cache
+def class_names(cls: type) -> tuple[str, ...]:
     """Qualified names along the method resolution order."""
-    return [f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__]
+    return tuple(f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__)
 
 
 def find_op(module: nn.Module, table: dict[str, LinearOp] | None = None) -> LinearOp | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +74,27 @@ class TargetPlan:
     tied: list[tuple[str, str]] = field(default_factory=list)
 
 
+#: models whose modules neither come nor go now -> what a walk finds
+_WALKED: ContextVar[dict[nn.Module, list[tuple[str, nn.Module]]] | None] = ContextVar("deltatune_walked", default=None)
+
+
+@contextlib.contextmanager
+def standing(model: nn.Module) -> Iterator[None]:
+    """Runs the body under the promise that no module of the model's own comes or goes, so that one walk will do."""
+    token = _WALKED.set({model: list(_walk(model))})
+    try:
+        yield
+    finally:
+        _WALKED.reset(token)
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules with their paths, without anything an adapter has put there."""
+    known = _WALKED.get()
+    return iter(known[model]) if known is not None and model in known else _walk(model)
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[int] = set()
     while stack:
@@ -136,7 +157,7 @@ def select(
             raise ConfigError(f"{what} {patterns!r} is not a regular expression: {error}") from error
         found = {patterns: [p for p in paths if rule.fullmatch(p)]}
     else:
-        found = {t: [p for p in paths if is_suffix(t, p)] for t in sorted(patterns)}
+        found = {t: [p for p in paths if p.endswith(t) and is_suffix(t, p)] for t in sorted(patterns)}
     for pattern, hits in found.items():
         if not hits:
             leaves = {p.rpartition(".")[2]: None for p in nearby or paths}
@@ -249,17 +270,18 @@ def check_kind(model: nn.Module, modules: dict[str, nn.Module], path: str, patte
 # ---------------------------------------------------------------------- from modules to sites
 def weight_sites(model: nn.Module, found: dict[str, list[str]]) -> list[Site]:
     """The sites of the selected modules' weights, in the model's order."""
-    order = {path: i for i, (path, _) in enumerate(base_modules(model))}
+    modules = dict(base_modules(model))
+    order = {path: i for i, path in enumerate(modules)}
     sites: dict[tuple[str, str | None, str], Site] = {}
     for pattern, hits in found.items():
         for path in hits:
-            for site in _sites_of(model, path, pattern):
+            for site in _sites_of(modules, path, pattern):
                 sites.setdefault((site.path, site.parameter, site.tag), site)
     return sorted(sites.values(), key=lambda s: order[s.home or s.path])
 
 
-def _sites_of(model: nn.Module, path: str, pattern: str) -> list[Site]:
-    module = model.get_submodule(path)
+def _sites_of(modules: dict[str, nn.Module], path: str, pattern: str) -> list[Site]:
+    module = modules[path]
     parent = path.rpartition(".")[0]
     if is_multihead(module):
         if not module._qkv_same_embed_dim:
@@ -268,7 +290,7 @@ def _sites_of(model: nn.Module, path: str, pattern: str) -> list[Site]:
                 "cover; adapt its other layers instead"
             )
         return [Site(path, "in_proj_weight", pattern=pattern), _out_proj(path, pattern)]
-    if path and is_multihead(model.get_submodule(parent)):
+    if path and is_multihead(modules[parent]):
         return [_out_proj(parent, pattern)]  # MultiheadAttention reads this weight and never calls the layer
     return [Site(path, pattern=pattern)]
 

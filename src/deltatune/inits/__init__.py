@@ -135,6 +135,8 @@ def find_init(name: str) -> tuple[Init, str]:
     Raises:
         ConfigError: no init has this name.
     """
+    if name in INITS:
+        return INITS[name], ""
     for known in sorted(INITS, key=len, reverse=True):
         if name == known or name.startswith(f"{known}_"):
             return INITS[known], name[len(known) + 1 :]
