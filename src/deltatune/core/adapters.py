@@ -35,8 +35,8 @@ LOW_PRECISION = {torch.float16, torch.bfloat16}
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Runs the body, which makes thousands of objects that stay, without the garbage collector: it would walk everything
-    that the process holds (0.3 s with 30 adapters) to free nothing."""
+    """Runs the body, which makes thousands of objects that stay, without the garbage collector: that would walk
+    everything the process holds (0.2 s and more) to free nothing."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -24,6 +24,7 @@ from deltatune.core.weights import WeightRef
 from deltatune.errors import AdapterNameError
 from deltatune.kernels import gpu
 from deltatune.kernels.low_rank import Product, low_rank_linear
+from deltatune.kernels.reading import Reader, reader, reader_of_rows
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -359,6 +360,20 @@ class LowRank(Delta):
         a, b = self.factors()
         h = F.linear(self.drop(x), a.to(x.dtype))
         return pair[0].operator(x, pair[1], h, b.to(x.dtype))
+
+    def reader(self, x: Tensor, others: Sequence[LowRank] = (), index: Tensor | None = None) -> Reader | None:
+        """The module's whole call on inputs like `x` while no weight changes and nothing is trained, alone or with the
+        adapters of other rows (see `reader_of_rows`); None where there is no such path."""
+        edits = [self, *others]
+        plain = all(type(e).update is LowRank.update and type(e).drop is LowRank.drop for e in edits)
+        drops = self.host.training and any(e.dropout for e in edits)
+        base = self.ref.plain_base(x) if plain and not drops and self.ref.linear else None
+        if base is None:
+            return None
+        if not others and index is None:
+            a, b = (t.to(x.dtype) for t in self.factors())
+            return reader(*base, a, b)
+        return reader_of_rows(*base, *self.stack([e.factors() for e in edits], x.dtype), index)
 
     def fused(
         self, x: Tensor, base: Tensor | tuple[Tensor | Product, Tensor | None], c: Tensor | None = None

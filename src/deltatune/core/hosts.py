@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from deltatune.core.combine import run
+from deltatune.core.combine import read, run
 from deltatune.core.edits import Edit
 from deltatune.core.ops import class_names
 from deltatune.core.plan import Plan
@@ -50,6 +50,8 @@ class Host:
         state = self.plan.state
         if not state.names and state.rows is None:
             return base(*args, **kwargs)
+        if self.plan.is_steady and len(args) == 1 and not kwargs and (y := read(self, state, args[0])) is not None:
+            return y
         return run(self, base, state, args, kwargs)
 
     forward._deltatune_host = True  # type: ignore[attr-defined]

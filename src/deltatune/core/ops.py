@@ -7,9 +7,9 @@ the layer type; a new layer kind is one class and one table line here (or `regis
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -288,10 +288,15 @@ def register_op(class_name: str, op: LinearOp) -> None:
     OPS[class_name] = BIASED[class_name] = op
 
 
-@functools.cache
+_NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
 def class_names(cls: type) -> tuple[str, ...]:
     """Qualified names along the method resolution order."""
-    return tuple(f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__)
+    names = _NAMES.get(cls)
+    if names is None:
+        names = _NAMES[cls] = tuple(f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__)
+    return names
 
 
 def find_op(module: nn.Module, table: dict[str, LinearOp] | None = None) -> LinearOp | None:

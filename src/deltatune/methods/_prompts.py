@@ -98,7 +98,7 @@ class ComputedSlot(Slot):
     def place(self, home: nn.Module, path: str, adapter: str, tag: str = "") -> None:
         self.key = self.file_name
 
-    def fill(self, tensor: Tensor) -> None:
+    def fill(self, tensor: Tensor, *, keep: bool = False) -> None:
         self.prompt.keep_only(tensor)
 
 
