@@ -15,6 +15,7 @@ from deltatune.core import fingerprint
 from deltatune.core.adapters import AdapterSet, adapters_of
 from deltatune.core.checkpoint import LoadReport, adapter_state, load_adapter_state, remap
 from deltatune.core.files import SAFETENSORS_NAME, find_file, read_tensors, write_tensors
+from deltatune.core.sites import standing
 from deltatune.core.ties import TiedCopy
 from deltatune.errors import DeltatuneError
 
@@ -112,7 +113,9 @@ def write_adapter(
     config = copy.copy(config or adapters.configs[name])
     config.inference_mode = True
     if isinstance(config, TargetedConfig):
-        for field, value in config.written(adapters.root).items():
+        with standing(adapters.root):
+            fields = config.written(adapters.root)
+        for field, value in fields.items():
             setattr(config, field, value)
     if config.task_type is None:
         model = type(adapters.root)

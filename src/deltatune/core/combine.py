@@ -38,6 +38,32 @@ def fold(deltas: Sequence[Delta]) -> Tensor:
     return deltas[0].ref.stored(full)
 
 
+#: numbers of a weight that are folded at once; they stay in the cache
+BLOCK = 2**18
+
+
+def added(deltas: Sequence[Delta]) -> Tensor | None:
+    """`fold` of one low-rank pair into an ordinary matrix, in the weight's own dtype and layout, summed in float32 a
+    block of rows at a time: nothing but the result is ever whole in memory. None for everything else."""
+    delta = deltas[0]
+    if len(deltas) > 1 or not isinstance(delta, LowRank) or type(delta).merged is not LowRank.merged:
+        return None
+    w = delta.ref.dense_matrix()
+    if w is None:
+        return None
+    wide = torch.promote_types(w.dtype, torch.float32)
+    a, b = (t.to(wide) for t in delta.factors())
+    out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    step = max(1, BLOCK // w.shape[1])
+    for start in range(0, w.shape[0], step):
+        rows = slice(start, start + step)
+        if w.dtype == wide:
+            torch.addmm(w[rows], b[rows], a, out=out[rows])
+        else:
+            out[rows] = torch.addmm(w[rows].to(wide), b[rows], a)
+    return out
+
+
 @contextlib.contextmanager
 def substituted(pairs: Sequence[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
     """Runs the body with other tensors in place of parameters: (module, leaf, tensor)."""

@@ -317,8 +317,8 @@ class LowRank(Delta):
         return x
 
     def merged(self, w: Tensor) -> Tensor:
-        a, b = self.factors()
-        return w + b.to(w.dtype) @ a.to(w.dtype)
+        a, b = (t.to(w.dtype) for t in self.factors())
+        return torch.addmm(w, b, a) if w.ndim == 2 else torch.baddbmm(w, b, a)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self.ref.factored(self.drop(x), *self.factors())

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from deltatune.core.bank import Bank
-from deltatune.core.combine import fold, refuse_merge
+from deltatune.core.combine import added, fold, refuse_merge
 from deltatune.core.edits import Delta, Edit, ModuleEdit
 from deltatune.core.hosts import Host, hosted_class
 from deltatune.core.rounding import Rounding
@@ -114,12 +114,16 @@ class Merged:
                 groups.setdefault((id(edit.ref.owner), edit.ref.leaf), []).append(edit)
         for deltas in groups.values():
             ref = deltas[0].ref
-            full = fold(deltas)
+            dense = added(deltas)
+            full = fold(deltas) if dense is None else dense
             if safe and not torch.isfinite(full).all():
                 raise ConfigError(
                     f"merging {ref.module.path!r} would give numbers that are not finite; the adapter is broken"
                 )
             own = self._before.get(id(ref.owner), (type(ref.owner), []))[0]
+            if dense is not None:
+                yield New(ref.owner, ref.leaf, nn.Parameter(dense, ref.param.requires_grad), None, deltas)
+                continue
             if ref.store.exact:
                 yield New(ref.owner, ref.leaf, ref.store.save(ref.param, full), None, deltas)
                 continue
@@ -128,8 +132,8 @@ class Merged:
                 yield New(ref.owner, ref.leaf, (same or Rounding()).write(ref, full), own, deltas)
             else:
                 full = full if aware is None else ref.store.load(aware.write(ref, full)).to(full.dtype)
-                dense = nn.Parameter(full.to(dense_dtype(ref.store, ref.param, root)), requires_grad=False)
-                yield New(ref.owner, ref.leaf, dense, plain_class(own, plain), deltas)
+                value = nn.Parameter(full.to(dense_dtype(ref.store, ref.param, root)), requires_grad=False)
+                yield New(ref.owner, ref.leaf, value, plain_class(own, plain), deltas)
 
     def _replaced(self, edits: Sequence[Edit]) -> Iterator[New]:
         for edit in edits:

@@ -26,7 +26,7 @@ from deltatune.core.ops import (
 )
 from deltatune.kernels import gpu
 from deltatune.kernels.low_rank import Product
-from deltatune.stores import find_layer, find_store, product_of, table_of
+from deltatune.stores import DenseStore, find_layer, find_store, product_of, table_of
 
 Rows = slice | Tensor | None
 
@@ -119,6 +119,13 @@ class WeightRef:
         """The whole weight, `(*batch, out, in)` in float32 (float64 stays)."""
         w = self.op.matrix(self.store.load(self.param))
         return w if w.dtype == torch.float64 else w.float()
+
+    def dense_matrix(self) -> Tensor | None:
+        """The stored numbers themselves, if they are an ordinary matrix `(out, in)` and all of it is ours."""
+        w: Any = self.param
+        plain = type(self.store) is DenseStore and type(self.op) is LinearOp and self.rows is None
+        ordinary = type(w) is nn.Parameter and type(w.data) is Tensor and w.ndim == 2 and w.is_floating_point()
+        return w.detach() if plain and ordinary else None
 
     def take(self, full: Tensor) -> Tensor:
         """Our rows of a whole matrix."""
