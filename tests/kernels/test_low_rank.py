@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltatune import LoraConfig, LoraFAConfig, get_peft_model, kernels
 from deltatune.errors import ConfigError
-from deltatune.kernels import low_rank
+from deltatune.kernels import low_rank, shared_input
 from deltatune.kernels.dropout import FEW, dropper
 from deltatune.kernels.low_rank import low_rank_linear
 
@@ -44,10 +44,15 @@ def gradients(model: nn.Module, x: torch.Tensor, run=None) -> list[torch.Tensor]
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the kernel's node is made."""
+    """One entry for every layer that a kernel's node is made for."""
     made = []
-    inner = low_rank._LowRankLinear.apply
-    monkeypatch.setattr(low_rank._LowRankLinear, "apply", lambda *args: made.append(1) or inner(*args))
+    one, many = low_rank._LowRankLinear.apply, shared_input._LowRankLinears.apply
+    monkeypatch.setattr(low_rank._LowRankLinear, "apply", lambda *args: made.append(1) or one(*args))
+    monkeypatch.setattr(
+        shared_input._LowRankLinears,
+        "apply",
+        lambda x, numbers, *tensors: made.extend(numbers[0]) or many(x, numbers, *tensors),
+    )
     return made
 
 

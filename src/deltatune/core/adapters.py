@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.config import PeftConfig, TargetedConfig
-from deltatune.core import attention, merge
+from deltatune.core import attention, merge, together
 from deltatune.core.bank import Bank
 from deltatune.core.combine import composable
 from deltatune.core.composition import BatchSplit, Composition, Fuse, Node, channels, leaves, nodes, ordered
@@ -115,6 +115,7 @@ class AdapterSet:
             self._attach_bank(name, bank, float32)
         for site, edits in made:
             self._attach(name, site, edits, float32, modules)
+        together.find([modules[p] for p in dict.fromkeys(s.path.rpartition(".")[0] for s, _ in made)])
         close_fused_paths(modules, [site.path for site, _ in made])
         self.merged.tell(self.deltas(name))
         self.set_requires_grad(name, not config.inference_mode)

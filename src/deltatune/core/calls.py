@@ -28,6 +28,44 @@ def calls(module: nn.Module, path: str, stops: set[str]) -> list[str]:
     return walk.found
 
 
+def one_input(module: nn.Module) -> list[tuple[str, ...]]:
+    """Names of children that `module` calls, in this order, with one and the same local variable as their input."""
+    groups = _one_input(getattr(module, "_plain", type(module)).forward)
+    return [names for names in groups if all(module._modules.get(name) is not None for name in names)]
+
+
+@functools.cache
+def _one_input(function: Any) -> list[tuple[str, ...]]:
+    tree = _source(function)
+    walk = _Inputs()
+    if tree is not None:
+        walk.visit(tree)
+    return [tuple(names) for names in walk.found.values() if len(names) > 1]
+
+
+class _Inputs(ast.NodeVisitor):
+    """Collects `self.child(x)` by the variable x and how often it had been assigned."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], list[str]] = {}
+        self.assigned: dict[str, int] = {}
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.visit(node.value)
+        for name in (n for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)):
+            self.assigned[name.id] = self.assigned.get(name.id, 0) + 1
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        func, one = node.func, len(node.args) == 1 and not node.keywords
+        if one and isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == "self":
+            x = node.args[0]
+            if isinstance(x, ast.Name):
+                names = self.found.setdefault((x.id, self.assigned.get(x.id, 0)), [])
+                if func.attr not in names:
+                    names.append(func.attr)
+
+
 @functools.cache
 def _source(function: Any) -> ast.AST | None:
     try:

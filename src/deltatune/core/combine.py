@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune import kernels
-from deltatune.core import prompts, rounding
+from deltatune.core import prompts, rounding, together
 from deltatune.core.bank import Bank
 from deltatune.core.compose import FusionEdit, composed
 from deltatune.core.composition import Composition, Node, leaves, ordered
@@ -175,7 +175,7 @@ def read(host: Any, state: State, x: Tensor) -> Tensor | None:
 
 def _reader(host: Any, state: State, x: Tensor) -> Reader | None:
     edits: list[Edit] = host.edits_of(state.adapters)
-    plain = not host.plan.merged and not host.plan.rounds and state.tree is None and kernels.possible()
+    plain = not host.plan.merged and host.plan.rounding is None and state.tree is None and kernels.possible()
     pairs = [e for e in edits if isinstance(e, LowRank)]
     if not plain or not pairs or len(pairs) < len(edits):
         return None
@@ -198,7 +198,8 @@ def run_layer(host: Any, base: Base, state: State, args: Args, kwargs: Kwargs) -
     if not edits:
         return base(*args, **kwargs)
     if len(edits) == 1 and len(args) == 1 and not kwargs and not host.plan.merged and host.plan.rounding is None:
-        whole = edits[0].whole(args[0], base)
+        whole = together.run(host, edits[0], state, args[0])
+        whole = edits[0].whole(args[0], base) if whole is None else whole
         if whole is not None:
             return whole
     for edit in edits:

@@ -25,6 +25,7 @@ from deltatune.errors import AdapterNameError
 from deltatune.kernels import gpu
 from deltatune.kernels.low_rank import Product, low_rank_linear
 from deltatune.kernels.reading import Reader, reader, reader_of_rows
+from deltatune.kernels.shared_input import Layer
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -231,6 +232,10 @@ class Edit:
         such path here. `base` is the module's own forward."""
         return None
 
+    def layer(self, x: Tensor) -> Layer | None:
+        """The module under this edit alone, for a node that runs several modules on the input `x`; None for others."""
+        return None
+
     def group(self) -> Hashable | None:
         """In a mixed batch, edits of the same group run in one `update_rows`; None runs alone on its rows."""
         return None
@@ -360,6 +365,15 @@ class LowRank(Delta):
         a, b = self.factors()
         h = F.linear(self.drop(x), a.to(x.dtype))
         return pair[0].operator(x, pair[1], h, b.to(x.dtype))
+
+    def layer(self, x: Tensor) -> Layer | None:
+        own = type(self).update is LowRank.update and type(self).drop is LowRank.drop
+        drops = self.host.training and self.dropout
+        base = self.ref.plain_base(x) if own and not drops and self.ref.linear else None
+        if base is None:
+            return None
+        a, b, scale = self.scaled()
+        return Layer(*base, a, b, scale, None)
 
     def reader(self, x: Tensor, others: Sequence[LowRank] = (), index: Tensor | None = None) -> Reader | None:
         """The module's whole call on inputs like `x` while no weight changes and nothing is trained, alone or with the

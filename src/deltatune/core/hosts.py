@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from deltatune.core import together
 from deltatune.core.combine import read, run
 from deltatune.core.edits import Edit
 from deltatune.core.ops import class_names
@@ -105,6 +106,7 @@ def unhost(module: nn.Module) -> None:
     state = module.__dict__
     for name in ("_edits", "plan", "path", "_layer"):
         state.pop(name)
+    state.pop(together.ATTRIBUTE, None)
     if "_inner_forward" in state:
         state["forward"] = state.pop("_inner_forward")
     swap: Any = module

@@ -130,7 +130,12 @@ class Plan:
         self.state = State()
         #: one task number per row of this call, for methods with a prompt per task
         self.tasks: torch.Tensor | None = None
+        #: outputs made before their modules are called; see `deltatune.core.together`
+        self.ahead: dict[int, Any] = {}
         self._memo: dict[Hashable, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ahead": {}}  # parts of a graph, which cannot be copied
 
     def refresh(self) -> None:
         """Derives the state after `active`, `merged` or `enabled` changed."""

@@ -26,7 +26,7 @@ def dropper(shape: torch.Size, device: torch.device, p: float, seed: int) -> Cal
     generator = torch.Generator(device).manual_seed(seed)
     if device.type == "cpu" and p <= FEW:
         index = _dropped(shape.numel(), p, generator)
-        return lambda t: t.view(-1).scatter_(0, index, 0.0).view(shape)
+        return lambda t: t.view(-1).index_fill_(0, index, 0.0).view(shape)
     gone = torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(p, generator=generator)
     return lambda t: t.masked_fill_(gone, 0.0)
 

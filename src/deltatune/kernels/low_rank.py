@@ -137,7 +137,7 @@ class _LowRankLinear(torch.autograd.Function):
         d_bias = g.sum(0) if need_bias else None
         if x is not None:
             x = x.reshape(-1, shape[-1]).to(dtype)
-        dc = _grad_of_c(g, x, w, a, b, c, h, out, bias, s) if need_c else None
+        dc = grad_of_c(g, x, w, a, b, c, h, out, bias, s) if need_c else None
         if c is not None:
             g = g * c.to(dtype)
         db = (h.mT @ g).mT.to(b.dtype) * s if need_b else None
@@ -163,7 +163,7 @@ def _grad_of_x(g: Tensor, w: Tensor | Product | None, dh: Tensor, a: Tensor, dro
     return dh @ a if w is None else torch.mm(g, w).addmm_(dh, a)
 
 
-def _grad_of_c(
+def grad_of_c(
     g: Tensor,
     x: Tensor | None,
     w: Tensor | Product,

@@ -14,6 +14,7 @@ One file for every kind of layer: a weight is its matrix (out, in), whatever hol
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from deltatune.core.ops import ConvOp
 from deltatune.core.plan import Plan
 from deltatune.core.weights import WeightRef
 from deltatune.inits import Start
+from deltatune.kernels.shared_input import Layer
 from deltatune.methods.lora import LoraDelta
 
 
@@ -61,6 +63,10 @@ class DoraDelta(Delta):
             return None
         weights = self.ref.plain_base(x) or self.pair.packed(x, base)
         return None if weights is None else self.pair.fused(x, weights, self.ratio())
+
+    def layer(self, x: Tensor) -> Layer | None:
+        pair = self.pair.layer(x)
+        return None if pair is None else replace(pair, c=self.ratio())
 
     def apart(self, x: Tensor) -> Tensor:
         x = self.pair.drop(x)
