@@ -247,3 +247,77 @@ def test_a_method_with_its_own_factors_keeps_them():
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="fused, lean, plain"), kernels.use("quick"):
         pass
+
+
+# ---------------------------------------------------------------------- layers that read one input
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"cls": LoraFAConfig}], ids=["lora", "dora", "fa"])
+def test_readers_of_one_input_share_a_node(options, calls):
+    model = adapted(**options)
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    nodes = set()
+    y = model(x.requires_grad_())
+    pending = [y.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending += [after for after, _ in node.next_functions]
+    assert sorted(n.name() for n in nodes if "LowRank" in n.name()) == [
+        "_LowRankLinearBackward",
+        "_LowRankLinearsBackward",
+    ]
+    assert not model.adapters.plan.ahead
+    y.sum().backward()
+
+
+def test_a_layer_called_with_something_else_makes_its_own_output(calls):
+    """What was made ahead is for one input, unchanged, in one state."""
+    model = adapted()
+    net = model.base_model.model
+    x, other = torch.randn(2, 3, 12, dtype=torch.float64)
+    alone = [net.k(other), net.k(x)]
+    net.q(x)
+    assert torch.equal(net.k(other), alone[0])
+    net.q(x)
+    with model.disable_adapter():
+        base = net.k(x)
+    assert not torch.allclose(base, alone[1])
+    net.q(x)
+    changed = x.clone()
+    x.mul_(2)
+    torch.testing.assert_close(net.k(x), net.k(changed * 2))
+    copy.deepcopy(model)  # with an output that was never fetched
+    net.q(x)
+    copy.deepcopy(model)
+
+
+def test_a_hook_on_a_later_reader_sees_its_own_call(calls):
+    model = adapted()
+    net = model.base_model.model
+    x = torch.randn(3, 12, dtype=torch.float64)
+    expected = net.k(2 * x)
+    net.k.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    net.q(x)
+    torch.testing.assert_close(net.k(x), expected)
+    assert len(calls) == 4  # k alone, then q with v, and k again
+
+
+def test_shared_inputs_have_the_right_second_path():
+    """gradcheck of the node, with an output that nothing reads."""
+    from deltatune.kernels.shared_input import Layer, low_rank_linears
+
+    torch.manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    x, pairs, cs = some(2, 3), [(some(2, 3), some(n, 2)) for n in (4, 3)], [some(4), some(3)]
+    ws = [torch.randn(n, 3, dtype=torch.float64) for n in (4, 3)]
+
+    def run(x, a1, b1, c1, a2, b2, c2):
+        layers = [Layer(ws[0], None, a1, b1, 0.5, c1), Layer(ws[1], None, a2, b2, 2.0, c2)]
+        return tuple(low_rank_linears(x, layers))
+
+    inputs = (x, *pairs[0], cs[0], *pairs[1], cs[1])
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradcheck(lambda *args: run(*args)[1], inputs)

@@ -214,3 +214,27 @@ def test_bytes_kept_for_backward_hold_no_second_weight():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(torch.randn(positions, n))
     assert 0 < kept < 0.2 * n * n * 4
+
+
+@pytest.mark.parametrize("how", ["copy", "data", "other"])
+def test_the_norm_follows_the_base(how):
+    """‖W‖² is kept between calls, and not longer than W stays what it is."""
+    model = linear()
+    shake(model)
+    delta = delta_of(model)
+    layer = model.get_base_model().layer
+    x = torch.randn(3, 12)
+    model(x)
+    kept = delta._kept
+    model(x)
+    assert delta._kept is kept
+    new = torch.randn_like(layer.weight)
+    if how == "copy":
+        with torch.no_grad():
+            layer.weight.copy_(new)
+    elif how == "data":
+        layer.weight.data.copy_(new)
+    else:
+        layer.weight = nn.Parameter(new, requires_grad=False)
+    expected = F.linear(x, delta.merged(layer.weight), layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)

@@ -92,10 +92,10 @@ def _as_tuners(key: str) -> str:
 def slots_of(adapters: AdapterSet, name: str) -> dict[str, Slot]:
     """canonical key -> slot, for every saved tensor of an adapter."""
     adapters.check(name)
-    pairs = [pair for edit in adapters.edits[name] for pair in edit.state()]
-    shorts = Counter(canonical(key) for key, _ in pairs)
+    pairs = [(canonical(key), key, slot) for edit in adapters.edits[name] for key, slot in edit.state()]
+    shorts = Counter(short for short, _, _ in pairs)
     # nested `base_layer`s tell apart the parameters of fused experts: keep them where they do
-    return {canonical(key) if shorts[canonical(key)] == 1 else key: slot for key, slot in pairs}
+    return {short if shorts[short] == 1 else key: slot for short, key, slot in pairs}
 
 
 def adapter_state(

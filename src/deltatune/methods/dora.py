@@ -30,6 +30,9 @@ from deltatune.inits import Start
 from deltatune.kernels.shared_input import Layer
 from deltatune.methods.lora import LoraDelta
 
+#: how many numbers of a weight tell that it is still the one that was measured
+SAMPLES = 256
+
 
 class DoraDelta(Delta):
     """LoRA's pair of factors and `lora_magnitude_vector`, one number per output row. Arguments as `LoraDelta`."""
@@ -43,6 +46,7 @@ class DoraDelta(Delta):
         m = torch.linalg.vector_norm(self.pair.merged(ref.load()), dim=-1).detach()
         if isinstance(ref.op, ConvOp):  # peft keeps it in the shape that broadcasts against (N, out, *spatial)
             m = m.view(1, -1, *[1] * (len(ref.raw_shape) - 2))
+        self._kept: tuple[Any, Tensor, Tensor] | None = None
         self.magnitude = self.tensor("lora_magnitude_vector", m, file_name="lora_magnitude_vector")
 
     def place(self, host: nn.Module, home: nn.Module, path: str, adapter: str, tag: str = "") -> None:
@@ -118,15 +122,32 @@ class DoraDelta(Delta):
 
     def _ratio(self, norm: Tensor) -> Tensor:
         norm = norm.detach()
-        some = norm > 0  # a row of zeros has no direction; its ratio is 1, so that B can still learn one
+        none = norm == 0  # a row of zeros has no direction; its ratio is 1, so that B can still learn one
         m = self.magnitude.weight.reshape(norm.shape)
-        return torch.where(some, m / torch.where(some, norm, 1), 1)
+        return torch.addcmul(none.to(m.dtype), m, norm.reciprocal().masked_fill(none, 0).to(m.dtype))
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
         """‖V‖ per row from its pieces, in float32 (float64 stays); V itself is not formed."""
         w = self.ref.load()
         a, b = (t.to(w.dtype) for t in self.pair.factors())
-        cross = 2 * (w @ a.mT) + b @ (a @ a.mT)  # (*batch, out, r)
-        square: Tensor = torch.linalg.vector_norm(w, dim=-1).square() + (cross * b).sum(-1)
+        cross = torch.matmul(w, a.mT).mul_(2).add_(b @ (a @ a.mT))  # (*batch, out, r)
+        square = self._square(w) + (cross * b).sum(-1)
         return square.clamp_min(0).sqrt()
+
+    def _square(self, w: Tensor) -> Tensor:
+        """‖W‖² per row. On a CPU, where reading W again costs most, it is kept while the parameter is the same tensor
+        of the same version and a few of its numbers, too, are what they were (writing through `.data` has none)."""
+        param: Any = self.ref.param
+        plain = type(param) is nn.Parameter and type(param.data) is Tensor and not param.is_inference()
+        if not plain or w.device.type != "cpu" or torch.compiler.is_compiling():
+            return _square(w)
+        key, some = (id(param), param._version, param.dtype), w.reshape(-1)[:: max(1, w.numel() // SAMPLES)]
+        if self._kept is None or self._kept[0] != key or not torch.equal(self._kept[1], some):
+            self._kept = key, some.clone(), _square(w)
+        return self._kept[2]
+
+
+def _square(w: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(w, dim=-1)
+    return norm.square()
