@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,20 +298,22 @@ def lifecycle(setup: Setup) -> dict[str, dict[str, list[float]]]:
     for dtype in ("bfloat16", "float32"):
         base = billion(dtype, tiny=setup.tokens < Setup.tokens)
         for lib, module in libraries().items():  # peft last: it merges in place and does not restore every bit
-            model = adapted(module, base, setup.r)
-            verbs: dict[str, Callable[[], Any]] = {"merge": model.merge_adapter, "unmerge": model.unmerge_adapter}
-            with tempfile.TemporaryDirectory() as folder:
-                for k in range(3):
-                    verbs["save"] = lambda: model.save_pretrained(folder)  # noqa: B023
-                    verbs["load"] = lambda: model.load_adapter(folder, f"n{k}")  # noqa: B023
-                    for verb in ("save", "load", "merge", "unmerge"):
-                        seconds = timed(setup, verbs[verb])
-                        found.setdefault(f"1B {dtype}: {verb} (s)", {}).setdefault(lib, []).append(seconds)
-            del model, verbs
+            for verb, seconds in _verbs(setup, adapted(module, base, setup.r)):
+                found.setdefault(f"1B {dtype}: {verb} (s)", {}).setdefault(lib, []).append(seconds)
             gc.collect()
         del base
         gc.collect()
     return found
+
+
+def _verbs(setup: Setup, model: Any) -> Iterator[tuple[str, float]]:
+    """What each verb takes, three times."""
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(3):
+            yield "save", timed(setup, lambda: model.save_pretrained(folder))
+            yield "load", timed(setup, lambda: model.load_adapter(folder, f"n{k}"))  # noqa: B023
+            yield "merge", timed(setup, model.merge_adapter)
+            yield "unmerge", timed(setup, model.unmerge_adapter)
 
 
 def _off(model: Any) -> None:
