@@ -387,6 +387,8 @@ class LowRank(Delta):
         if not others and index is None:
             a, b = (t.to(x.dtype) for t in self.factors())
             return reader(*base, a, b)
+        if gpu.on(x):
+            return None  # `grouped` chooses between products there
         return reader_of_rows(*base, *self.stack([e.factors() for e in edits], x.dtype), index)
 
     def fused(
