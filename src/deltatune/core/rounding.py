@@ -114,14 +114,15 @@ class Rounded(Delta):
     def __init__(self, deltas: Sequence[Delta], how: Rounding) -> None:
         super().__init__(deltas[0].ref)
         self.deltas, self.how = deltas, how
-        self.reads_output = any(delta.reads_output for delta in deltas)
         self.host = deltas[0].host
 
     def apart(self, x: Tensor) -> Tensor:
         return self._with_gradients(x, lambda delta: delta.apart(x.detach()))
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._with_gradients(x, lambda delta: delta.update(x.detach(), y.detach()))
+        # what reads the base's output tells of more than the weight (a bias), which is no part of this
+        still, out = x.detach(), y.detach()
+        return self._with_gradients(x, lambda d: d.apart(still) if d.reads_output else d.update(still, out))
 
     def _with_gradients(self, x: Tensor, update: Callable[[Delta], Tensor | None]) -> Tensor:
         """The rounded update; its gradient for the input is its own, and for the deltas that of their updates."""
@@ -145,6 +146,18 @@ class Rounded(Delta):
         return ref.op.apply(ref.module, x, delta.to(x.dtype if x.is_floating_point() else ref.dtype))
 
 
+class _Apart(Delta):
+    """A delta beside a rounded one: its update may not count on what the other's update of `y` holds."""
+
+    def __init__(self, delta: Delta) -> None:
+        super().__init__(delta.ref)
+        self.delta = delta
+        self.host = delta.host
+
+    def apart(self, x: Tensor) -> Tensor:
+        return self.delta.apart(x)
+
+
 def join(edits: Sequence[Edit], how: Rounding) -> list[Edit]:
     """The edits with those of every quantised weight put together as one `Rounded`; others stay as they are."""
     groups: dict[tuple[int, str], list[Delta]] = {}
@@ -154,4 +167,6 @@ def join(edits: Sequence[Edit], how: Rounding) -> list[Edit]:
             groups.setdefault((id(edit.ref.owner), edit.ref.leaf), []).append(edit)
         else:
             rest.append(edit)
+    if groups:
+        rest = [_Apart(e) if isinstance(e, Delta) and e.ref.bypass and e.reads_output else e for e in rest]
     return [*(Rounded(deltas, how) for deltas in groups.values()), *rest]

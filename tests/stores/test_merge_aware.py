@@ -1,0 +1,50 @@
+"""Merge-aware calls under every method that changes a quantised weight: live equals merged, and all of it trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltatune.core.bank import Bank
+from deltatune.core.edits import Delta
+from deltatune.errors import DeltatuneError
+from laws import METHOD_NAMES, QUANTISED, make, shake
+
+KIND = next(kind for kind in QUANTISED if kind.name == "linear_nf4")
+
+
+def applies(method: str) -> bool:
+    """Whether all that the method does here is a change of weights, without dropout."""
+    try:
+        model, _ = make(method, KIND)
+        model.set_merge_aware()
+    except DeltatuneError:
+        return False
+    return all(isinstance(edit, (Delta, Bank)) for edit in model.adapters.edits["default"])
+
+
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+@pytest.mark.parametrize("method", [m for m in METHOD_NAMES if applies(m)])
+def test_live_is_what_a_merge_leaves(method, rounding):
+    model, x = make(method, KIND)
+    shake(model, scale=0.03)
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def reached() -> list[bool]:
+        found = torch.autograd.grad(model(x).square().sum(), params, allow_unused=True)
+        return [g is not None and bool(g.any()) for g in found]
+
+    wanted, plain = reached(), model(x)
+    model.set_merge_aware(rounding=rounding)
+    assert reached() == wanted
+    live = model(x)
+    assert not torch.equal(live, plain)
+    for into in ("same", "dense"):
+        model.merge_adapter(into=into)
+        assert torch.allclose(model(x), live, atol=2e-5)
+        model.unmerge_adapter()
+        assert torch.allclose(model(x), live, atol=2e-5)
+
+
+def test_most_methods_are_here():
+    assert {"LORA", "LORA+dora", "VERA", "LOHA", "SHIRA", "HIRA", "ADALORA"} <= set(filter(applies, METHOD_NAMES))
