@@ -3,8 +3,10 @@
 Weights are random, so nothing is downloaded. Both libraries run, and deltatune's Triton kernels beside its torch path
 wherever a case has one (NF4 layers; mixed batches). Outputs and gradients are compared before anything is timed.
 
-Runs unattended within --minutes. A piece that would start later, that is cut off by the clock or for which there is no
-memory is listed as left out, never dropped silently; results are written after every piece, to results/gpu.json.
+Runs unattended within --minutes. A piece that would start later, that is cut off by the clock, for which there is no
+memory or that fails is listed as left out, never dropped silently; results are written after every piece, to
+results/gpu.json. Triton's kernels are tried in a process of their own first, since a faulty one would spoil all later
+pieces of its process.
 
     python benchmarks/gpu.py                       # one H100 or H200
     python benchmarks/gpu.py --device cpu --tiny   # to see that it runs (TRITON_INTERPRET=1: the kernels, too)
@@ -18,10 +20,13 @@ import copy
 import gc
 import signal
 import statistics
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,13 +86,33 @@ def in_nf4(layer: nn.Linear, device: str, dtype: torch.dtype) -> nn.Module:
     return new.to(device)
 
 
+@cache
 def no_triton() -> str | None:
     """Why Triton's kernels cannot run here; None if they can."""
     try:
         gpu.require("triton")
     except ConfigError as error:
         return str(error)
-    return None
+    if not torch.cuda.is_available():
+        return None
+    command = [sys.executable, __file__, "--try-kernels"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "they took more than two minutes for a small model"
+    lines = (done.stderr or done.stdout).strip().splitlines() or ["nothing was said"]
+    return None if done.returncode == 0 else f"they failed on this GPU: {lines[-1]}"
+
+
+def try_kernels(device: str) -> None:
+    """The kernels on a small model, against the torch path; raises where they fail or are far from it."""
+    gpu.require("triton")
+    for nf4 in (False, True):
+        base = random_llama("tiny", device, nf4)
+        ids = prompt(Setup(lambda dtype: base, rows=4, length=40, device=device), base)  # noqa: B023
+        for row, values in differences(base, ids, "tiny").items():
+            (value,) = values["deltatune, Triton"]
+            assert value < 0.1, f"{row}: {value}"
 
 
 def columns(with_kernels: bool) -> Iterator[tuple[str, Any, str]]:
@@ -145,6 +170,9 @@ class Run:
             found, why = {}, "cut off by the clock"
         except torch.OutOfMemoryError:
             found, why = {}, "out of memory"
+        except Exception as error:  # the others go on
+            traceback.print_exc()
+            found, why = {}, f"failed: {type(error).__name__}: {error}"[:200]
         else:
             why = ""
         if why:
@@ -176,9 +204,12 @@ def agreement(setup: Setup) -> Rows:
 
 
 def kernels_agree(base: nn.Module, ids: torch.Tensor, label: str) -> Rows:
+    """`differences`, where there are kernels."""
+    return {} if no_triton() is not None else differences(base, ids, label)
+
+
+def differences(base: nn.Module, ids: torch.Tensor, label: str) -> Rows:
     """Loss and gradients of LoRA and of a mixed batch with Triton's kernels, relative to those of the torch path."""
-    if no_triton() is not None:
-        return {}
     import deltatune
 
     model = adapted(deltatune, base, 16)
@@ -345,7 +376,11 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model of two layers")
     parser.add_argument("--minutes", type=float, default=8.25, help="pieces that would start later are left out")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
+    parser.add_argument("--try-kernels", action="store_true", help="only see that Triton's kernels work here")
     options = parser.parse_args()
+    if options.try_kernels:
+        try_kernels(options.device)
+        return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is here; --device cpu --tiny shows that the script runs")
     run = Run(options.out, options.minutes)
@@ -360,6 +395,8 @@ def main() -> None:
         print(f"{' '.join(map(str, key))}: torch {1e6 * first:.0f} µs, Triton {1e6 * second:.0f} µs")
     print("Triton's kernels:", no_triton() or "measured")
     print("left out:", "; ".join(run.left) or "nothing")
+    if any("failed" in reason for reason in run.left):
+        raise SystemExit(1)
 
 
 def measure(run: Run, device: str, is_tiny: bool) -> None:

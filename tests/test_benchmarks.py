@@ -62,6 +62,7 @@ def test_the_gpu_script_lists_what_it_leaves_out(tmp_path):
         return measure
 
     run.piece("good", lambda: {"row": {"peft": [1.0]}})
+    run.piece("wrong", raising(RuntimeError("a defect")))
     run.piece("large", raising(torch.OutOfMemoryError("no memory")))
     run.piece("long", raising(gpu.CutOffError()))
     run.minutes = 0
@@ -69,7 +70,12 @@ def test_the_gpu_script_lists_what_it_leaves_out(tmp_path):
     run.write()
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["results"] == {"row": {"peft": [1.0]}}
-    assert found["left_out"] == ["large (out of memory)", "long (cut off by the clock)", "late (no time)"]
+    assert found["left_out"] == [
+        "wrong (failed: RuntimeError: a defect)",
+        "large (out of memory)",
+        "long (cut off by the clock)",
+        "late (no time)",
+    ]
 
 
 def test_the_gpu_script_stops_a_piece_that_runs_over(tmp_path, monkeypatch):
