@@ -313,12 +313,14 @@ def main() -> None:
     results = read_json(options.out).get("results", {})
     for name in (n for n in options.names if "/" in n):
         results = {k: r for k, r in results.items() if not k.startswith(f"{name}/")}
-    wanted = {name.partition("/")[0] for name in options.names} or set(QUESTIONS)
+    wanted = set(options.names) or set(QUESTIONS)
     questions = {title: make(options.data) for title, make in QUESTIONS.items()}
     begun = time.monotonic()
     with Progress() as progress:
-        for title, tries, seeds in (p for p in PASSES if p[0] in wanted):
+        for title, tries, seeds in PASSES:
             for name, entry in questions[title].entries.items():
+                if not wanted & {title, f"{title}/{name}"}:
+                    continue
                 for place, lr, seed in runs_of(results, f"{title}/{name}", questions[title], entry, tries, seeds):
                     if place in results:
                         continue
