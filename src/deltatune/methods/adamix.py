@@ -7,7 +7,8 @@ Two passes over a batch draw differently, and their outputs are held together:
 
     L = CE(a) + w · ½ (KL(a‖b) + KL(b‖a))             `consistent_loss`, with a and b the two passes' predictions
 
-Averaging is of weights, not of outputs. `merge_experts` makes the average final, for saving.
+Averaging is of weights, not of outputs. `merge_experts` makes the average final, for saving. Of several processes, all
+use the first one's draw.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,7 +49,7 @@ class Experts:
             return F.linear(x, weight, bias)
         if not self.edit.host.training:
             return F.linear(x, weight.mean(0), bias.mean(0))
-        one = torch.randint(len(weight), (1,), device=weight.device)
+        one = same_draw(torch.randint(len(weight), (1,), device=weight.device))
         return F.linear(x, weight.index_select(0, one)[0], bias.index_select(0, one)[0])
 
     @torch.no_grad()
@@ -56,6 +58,13 @@ class Experts:
         for slot, dims in ((self.weight, 3), (self.bias, 2)):
             if slot.weight.ndim == dims:
                 slot.replace(slot.weight.detach().mean(0))
+
+
+def same_draw(drawn: Tensor) -> Tensor:
+    """The first process's draw, in all of them: they hold parts of one batch, or of one layer."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(drawn, 0)
+    return drawn
 
 
 @register
