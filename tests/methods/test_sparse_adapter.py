@@ -112,6 +112,33 @@ def test_snip_scores_are_first_order_changes_of_the_loss():
             assert change == pytest.approx(s.flatten()[i].item(), rel=0.02), name
 
 
+def test_grasp_scores_are_weights_times_what_a_step_does_to_the_gradient():
+    """w · H g, with H g by differences: (∇L(w + εg) - ∇L(w - εg)) / 2ε."""
+    base = bert().double()
+    config = Told(**SMALL, keep=0.1, score="grasp", non_linearity="gelu")
+    batches = [BATCH, {"input_ids": ids() + 1, "labels": torch.tensor([1, 1, 0])}]
+    assert prepare_init(base, config, batches, progress=False) == 2
+    assert not any("bottleneck" in n for n, _ in base.named_modules())
+    scores, weights = config.told
+    dense = get_peft_model(base, BottleneckConfig(**SMALL, non_linearity="gelu")).double()
+    params = [dense.get_base_model().get_submodule(name).default.weight for name in weights]
+
+    def grads_at(direction, step):
+        with torch.no_grad():
+            for p, w, g in zip(params, weights.values(), direction, strict=True):
+                p.copy_(w.double() + step * g)
+        return torch.autograd.grad(sum(dense(**b).loss for b in batches), params)
+
+    g = grads_at([torch.zeros_like(p) for p in params], 0.0)
+    far, near = grads_at(g, 1e-3), grads_at(g, -1e-3)
+    wanted = torch.cat([(w * (a - b) / 2e-3).flatten() for w, a, b in zip(weights.values(), far, near, strict=True)])
+    found = torch.cat([s.flatten() for s in scores.values()])
+    assert (found < 0).any()
+    assert torch.allclose(found.double(), wanted, atol=1e-3 * float(wanted.abs().max()))
+    chosen = torch.cat([scores[n].flatten()[config.prepared[n][0]] for n in scores])
+    assert chosen.min() >= found.sort(descending=True).values[len(chosen) - 1]
+
+
 def test_snip_sees_what_the_data_say():
     """Where only one adapter can change the loss, its weights are kept."""
     base = bert()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -98,6 +99,8 @@ class Collector(abc.ABC):
 
     #: whether runs go backward too
     backward = False
+    #: how often the batches are run through; `again` is called between two times
+    passes = 1
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         self.root, self.config = base_of(model)[0], config
@@ -114,6 +117,13 @@ class Collector(abc.ABC):
     @abc.abstractmethod
     def watch(self) -> contextlib.AbstractContextManager[Any]:
         """Observes the model while the body runs it."""
+
+    def again(self) -> None:  # noqa: B027  (most look once)
+        """All batches have been run, and come again."""
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Goes backward from one loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def on_file(self) -> dict[str, Any] | None:
         """The starts that an earlier run has left in a file that the options name; then no data is needed."""
@@ -187,7 +197,7 @@ def prepare_init(
     collector = collector_for(model, config)
     if finish(collector, collector.on_file()):
         return 0
-    step = partial(_backward, loss or _own_loss) if collector.backward else (forward or call_model)
+    step = partial(_backward, collector, loss or _own_loss) if collector.backward else (forward or call_model)
     used = run_batches(model, collector, batches, step, max_batches=max_batches, progress=progress)
     with torch.no_grad():
         finish(collector, collector.finish())
@@ -210,14 +220,20 @@ def run_batches(
     """
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     used = 0
+    if collector.passes > 1:
+        batches = list(itertools.islice(batches, max_batches))
     with collector.running(model) as runs, collector.watch(), torch.set_grad_enabled(collector.backward):
-        for batch in track(batches, collector.title, show=progress, total=max_batches):
-            for part in collector.parts(to_device(batch, device)):
-                collector.expect(part)
-                step(runs, part)
-            used += 1
-            if collector.satisfied or used == max_batches:
-                break
+        for time in range(collector.passes):
+            if time:
+                collector.again()
+            used = 0
+            for batch in track(batches, collector.title, show=progress, total=max_batches):
+                for part in collector.parts(to_device(batch, device)):
+                    collector.expect(part)
+                    step(runs, part)
+                used += 1
+                if collector.satisfied or used == max_batches:
+                    break
     if not used:
         raise ConfigError(f"{collector.title} starts from data, and there is no batch")
     return used
@@ -326,8 +342,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (list, tuple)) else model(batch)
 
 
-def _backward(loss: Forward, model: nn.Module, batch: Any) -> None:
-    loss(model, batch).backward()
+def _backward(collector: Collector, loss: Forward, model: nn.Module, batch: Any) -> None:
+    collector.differentiate(loss(model, batch))
 
 
 def _own_loss(model: nn.Module, batch: Any) -> Tensor:

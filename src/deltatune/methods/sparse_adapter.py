@@ -5,13 +5,14 @@
 
     random     a random number            magnitude   |w|
     snip       |g · w|, g the gradient summed over some batches
+    grasp      w · H g, from the gradient of ⟨g, ∇L⟩ with g held (arXiv 2002.07376)
     synflow    |w · ∂R/∂w|, R the mean output of the adapter with |w| for every weight and an input of ones
 
 Kept weights are saved, and held by the optimiser, as positions and values; biases are not pruned. A wider adapter
-(`reduction_factor`) with fewer kept weights is the paper's Large-Sparse. Scores other than `snip` need no data:
+(`reduction_factor`) with fewer kept weights is the paper's Large-Sparse. `snip` and `grasp` look at data:
 
     config = SparseAdapterConfig(score="snip")
-    prepare_init(model, config, batches)               # only for snip
+    prepare_init(model, config, batches)               # not for the other scores
     model = get_peft_model(model, config)
 """
 
@@ -26,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deltatune.config import register
 from deltatune.core.adapters import AdapterSet, adapters_of
@@ -38,9 +40,11 @@ from deltatune.methods._bottleneck import Bottleneck, activation, initial
 from deltatune.methods._sparse import share_of
 from deltatune.methods.bottleneck import WHOLE, BottleneckConfig, reads_size
 
-SCORES = ("random", "magnitude", "snip", "synflow")
+SCORES = ("random", "magnitude", "snip", "grasp", "synflow")
+#: those that look at data
+OF_DATA = ("snip", "grasp")
 DOWN, UP = "bottleneck_down", "bottleneck_up"
-#: name of the adapter that snip looks at and takes away again
+#: name of the adapter that these look at and take away again
 PROBE = "sparse_probe"
 
 
@@ -120,14 +124,14 @@ class SparseAdapterConfig(BottleneckConfig):
     @property
     def settled(self) -> bool:
         """The weights are chosen, or can be without data."""
-        return bool(self.kept) or self.score != "snip"
+        return bool(self.kept) or self.score not in OF_DATA
 
     def prepare(self, model: nn.Module) -> Callable[[], None] | None:
         if not self.kept:
             if not self.settled:
                 raise ConfigError(
-                    "score='snip' looks at data: call prepare_init(model, config, batches) before the adapter is "
-                    "attached"
+                    f"score={self.score!r} looks at data: call prepare_init(model, config, batches) before the adapter "
+                    "is attached"
                 )
             self._choose_alone(model)
         return None
@@ -188,20 +192,36 @@ class SparseAdapterConfig(BottleneckConfig):
         return Sparse(edit, name, out, inp, index.clone(), values.clone())
 
 
-class SnipCollector(Collector):
-    """Sums the gradients of the adapters as they start, over all batches."""
+class DataCollector(Collector):
+    """Sums the gradients of the adapters as they start, over all batches; for `grasp` H g in a second run of them."""
 
     backward = True
 
     def __init__(self, model: nn.Module, config: Any) -> None:
         super().__init__(model, config)
-        if config.score != "snip":
+        if config.score not in OF_DATA:
             raise ConfigError(f"score={config.score!r} needs no data; attach the adapter as it is")
+        self.passes = 2 if config.score == "grasp" else 1
         self.found: Any = None
+        #: D and U of the probe, and in the second run what g was
+        self.params: list[Tensor] = []
+        self.g: list[Tensor] = []
 
     @property
     def title(self) -> str:
-        return "SparseAdapter's snip"
+        return f"SparseAdapter's {self.config.score}"
+
+    def again(self) -> None:
+        self.g = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.params]
+        for p in self.params:
+            p.grad = None
+
+    def differentiate(self, loss: Tensor) -> None:
+        if self.g:
+            grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
+            pairs = zip(self.g, grads, strict=True)
+            loss = torch.stack([(g * now).sum() for g, now in pairs if now is not None]).sum()
+        super().differentiate(loss)
 
     @contextlib.contextmanager
     def running(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -217,8 +237,12 @@ class SnipCollector(Collector):
             p.requires_grad_(False)
         adapters.add(probe, PROBE)
         adapters.activate(PROBE)
+        blocks = [e for e in adapters.edits[PROBE] if isinstance(e, Bottleneck)]
+        self.params = [part.weight.weight for e in blocks for part in (e.down, e.up)]
+        twice = sdpa_kernel(SDPBackend.MATH) if self.passes > 1 else contextlib.nullcontext()  # others go back once
         try:
-            yield self.root
+            with twice:
+                yield self.root
             self._look(adapters)
         finally:
             if own is None:
@@ -238,9 +262,8 @@ class SnipCollector(Collector):
                     w: Any = part.weight.weight
                     key = f"{edit.host.path}.{name}"
                     weights[key] = w.detach().cpu().clone()
-                    scores[key] = (
-                        torch.zeros_like(weights[key]) if w.grad is None else (w * w.grad).detach().abs().cpu()
-                    )
+                    score = torch.zeros_like(w) if w.grad is None else w * w.grad
+                    scores[key] = (score if self.g else score.abs()).detach().cpu()
         self.found = scores, weights
 
     @contextlib.contextmanager
@@ -254,4 +277,4 @@ class SnipCollector(Collector):
         return chosen
 
 
-COLLECTORS[SparseAdapterConfig.method] = SnipCollector
+COLLECTORS[SparseAdapterConfig.method] = DataCollector
