@@ -120,9 +120,6 @@ REFUSED = {
     ("BitFitConfig", "T5"): "has a bias",
     ("BitFitConfig", "Mixtral"): "has a bias",
     ("FarConfig", "Mixtral"): "have no linear feed-forward layer",
-    ("LadderConfig", "T5"): "an encoder and a decoder",
-    ("LadderConfig", "Bart"): "an encoder and a decoder",
-    ("LadderConfig", "Whisper"): "embeds no tokens|an encoder and a decoder",
     ("LadderConfig", "ViT"): "embeds no tokens",
 }
 

@@ -390,3 +390,8 @@ def test_what_is_refused():
             PfeifferConfig(adapter_residual_before_ln=True, **bad)
     with pytest.raises(CannotMergeError, match="non-linearity"):
         get_peft_model(llama(), PfeifferConfig()).merge_and_unload()
+
+
+def test_invertible_adapters_need_tokens():
+    with pytest.raises(ConfigError, match="ViTForImageClassification embeds no tokens, so inv_adapter has no place"):
+        get_peft_model(make("vit"), PfeifferConfig(reduction_factor=4, inv_adapter="nice"))

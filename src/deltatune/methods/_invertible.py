@@ -89,8 +89,8 @@ def invertible(model: nn.Module, kind: str, factor: float, non_linearity: str) -
     """
     getter = getattr(model, "get_input_embeddings", None)
     table = getter() if callable(getter) else None
-    if table is None:
-        raise ConfigError(f"{type(model).__name__} has no input embedding, so inv_adapter has no place")
+    if not isinstance(table, nn.Embedding):  # a vision model gives the module that projects patches
+        raise ConfigError(f"{type(model).__name__} embeds no tokens, so inv_adapter has no place; leave it out")
     modules = dict(base_modules(model))
     path = next(p for p, m in modules.items() if m is table)
     parent = path.rpartition(".")[0]
