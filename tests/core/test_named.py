@@ -230,3 +230,11 @@ def test_files_of_peft_have_no_roles(tmp_path):
     text = (tmp_path / "adapter_config.json").read_text()
     assert "roles" not in text
     assert '"wide.fall"' in text or '"fall"' in text
+
+
+def test_layers_that_have_no_number_cannot_be_dropped():
+    model = get_peft_model(odd(), PfeifferConfig(reduction_factor=4, roles=ROLES))
+    with pytest.raises(ConfigError, match="no adapter lies in a numbered layer of this Odd"), model.drop_layers(1):
+        pass
+    with model.drop_layers(0):
+        model(ids())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -329,13 +330,19 @@ class AdapterSet:
         return State((), RowPlan.of(names, positions), None, self.plan.dropped)
 
     def drop_layers(self, count: int) -> None:
-        """AdapterDrop (arXiv 2010.11918): adapters in the lowest `count` layers do not run; O(1).
+        """AdapterDrop (arXiv 2010.11918): adapters in the lowest `count` layers do not run; calls cost nothing more.
 
         Raises:
-            ConfigError: not a number of layers.
+            ConfigError: not a number of layers, or no adapter is in a numbered one.
         """
         if not isinstance(count, int) or count < 0:
             raise ConfigError(f"the number of layers to drop must be a whole number of at least 0, not {count!r}")
+        layers = [getattr(e.host, "_layer", 0) for edits in self.edits.values() for e in edits if hasattr(e, "host")]
+        if count and layers and min(layers) == sys.maxsize:
+            raise ConfigError(
+                f"no adapter lies in a numbered layer of this {type(self.root).__name__} (a path with '.0.', '.1.', …), so "
+                "none can be left out by its layer"
+            )
         self.plan.dropped = count
         self.plan.refresh()
 

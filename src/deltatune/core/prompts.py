@@ -478,8 +478,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     weight = getattr(table, "weight", None)
     if weight is None or not isinstance(table, nn.Embedding):
         raise ConfigError(
-            f"{type(model).__name__} embeds no tokens, and this method has its place where a transformers language model "
-            "does"
+            f"{type(model).__name__} embeds no tokens, and this method has its place where a transformers language "
+            "model does"
         )
     modules = dict(base_modules(model))
     holders = [p for p, m in modules.items() if isinstance(m, nn.Embedding) and m._parameters.get("weight") is weight]
