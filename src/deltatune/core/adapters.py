@@ -340,8 +340,8 @@ class AdapterSet:
         layers = [getattr(e.host, "_layer", 0) for edits in self.edits.values() for e in edits if hasattr(e, "host")]
         if count and layers and min(layers) == sys.maxsize:
             raise ConfigError(
-                f"no adapter lies in a numbered layer of this {type(self.root).__name__} (a path with '.0.', '.1.', …), "
-                "so none can be left out by its layer"
+                f"no adapter lies in a numbered layer of this {type(self.root).__name__} (a path with '.0.'), so "
+                "none can be left out by its layer"
             )
         self.plan.dropped = count
         self.plan.refresh()
