@@ -15,6 +15,7 @@ from deltatune import (
     FarConfig,
     Fuse,
     FusionConfig,
+    GatedLoraConfig,
     HoulsbyConfig,
     IA3Config,
     LNTuningConfig,
@@ -115,6 +116,7 @@ CONFIGS = {
     "ln": LNTuningConfig(roles=ROLES),
     "ia3": IA3Config(roles=ROLES),
     "far": FarConfig(roles=ROLES),
+    "gated": GatedLoraConfig(r=2, gate="token", roles=ROLES),
     "reft": LoReftConfig(r=2, roles=ROLES),
     "union": UnionConfig(configs=[IA3Config(), ParallelConfig(reduction_factor=4), BitFitConfig()], roles=ROLES),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -27,6 +29,7 @@ CONFIGS = {
     "houlsby": HoulsbyConfig,
     "pfeiffer": PfeifferConfig,
     "parallel": ParallelConfig,
+    "parallel_both": partial(ParallelConfig, mh_adapter=True, cross_adapter=True),
     "both_sums": partial(PfeifferConfig, mh_adapter=True, cross_adapter=True, residual_before_ln=False),
 }
 
@@ -40,7 +43,7 @@ def logits(model: nn.Module, name: str) -> torch.Tensor:
 def test_every_architecture(name, kind, tmp_path):
     if kind == "both_sums" and name == "gpt_neox":
         pytest.skip("adds attention and feed-forward to the residual together")
-    model = get_peft_model(make(name), CONFIGS[kind](reduction_factor=2 if kind == "both_sums" else 8))
+    model = get_peft_model(make(name), CONFIGS[kind](reduction_factor=2 if "both" in kind else 8))
     shake(model)
     live = logits(model, name)
     assert not torch.allclose(live, logits(make(name), name), atol=1e-3)
@@ -390,6 +393,17 @@ def test_what_is_refused():
             PfeifferConfig(adapter_residual_before_ln=True, **bad)
     with pytest.raises(CannotMergeError, match="non-linearity"):
         get_peft_model(llama(), PfeifferConfig()).merge_and_unload()
+
+
+@pytest.mark.parametrize("name", ["bart", "llama"])
+def test_a_model_is_copied_and_pickled_after_a_call(name):
+    """What an adapter noted in the last call has a graph, which no copy can have."""
+    config = {"bart": ParallelConfig(reduction_factor=4), "llama": PfeifferConfig(reduction_factor=4, mh_adapter=True)}
+    model = get_peft_model(make(name), config[name])
+    shake(model)
+    live = logits(model, name)
+    assert torch.equal(logits(copy.deepcopy(model), name), live)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), name), live)
 
 
 def test_invertible_adapters_need_tokens():

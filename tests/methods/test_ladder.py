@@ -318,6 +318,20 @@ def test_importance_by_fisher_information(name, tmp_path):
     assert torch.allclose(again(input_ids=x, **extra).logits, model(input_ids=x, **extra).logits, atol=1e-4)
 
 
+def test_blocks_by_the_users_word():
+    """Whole paths and name endings mean the same in the model, in its stacks, and for the start."""
+    for name, roles in (
+        ("llama", {"blocks": r"model\.layers\.\d+"}),
+        ("t5", {"blocks": r".*block\.\d", "norm": ["layer_norm"]}),
+    ):
+        found = []
+        for given in ({}, roles):
+            torch.manual_seed(4)
+            model = get_peft_model(zoo(name), LadderConfig(start="magnitude", roles=given, **FIELDS))
+            found.append(model(**inputs(name)).logits)
+        assert torch.equal(*found)
+
+
 def test_starts_that_are_refused():
     with pytest.raises(ConfigError, match=r"start 'fischer' is not one of.*did you mean 'fisher'"):
         LadderConfig(start="fischer")
