@@ -224,6 +224,6 @@ def table_of(owner: nn.Module, leaf: str) -> dict[str, Any]:
 
     Some quantised layers keep their bias as a buffer or as a plain attribute.
     """
-    if isinstance(owner.__dict__.get(leaf), Tensor):
+    if leaf == "bias" and isinstance(owner.__dict__.get(leaf), Tensor):
         return owner.__dict__
     return owner._buffers if leaf in owner._buffers else owner._parameters
