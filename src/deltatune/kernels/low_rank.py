@@ -140,7 +140,7 @@ class _LowRankLinear(torch.autograd.Function):
         dc = grad_of_c(g, x, w, a, b, c, h, out, bias, s) if need_c else None
         if c is not None:
             g = g * c.to(dtype)
-        db = (h.mT @ g).mT.to(b.dtype) * s if need_b else None
+        db = torch.empty_like(b).copy_((h.mT @ g).mT).mul_(s) if need_b else None  # in B's own memory order
         dh = g @ b.to(dtype) * s if need_a or need_x else None  # (T, r)
         drop = dropper(torch.Size([g.shape[0], shape[-1]]), device, p, seed) if p and dh is not None else None
         dx = da = None

@@ -93,7 +93,7 @@ class _LowRankLinears(torch.autograd.Function):
                     c, s = layer.c, layer.scale
                     dc = grad_of_c(g, x, layer.w, layer.a, layer.b, c, hi, out, layer.bias, s)
                 g = g * layer.c.to(dtype)
-            db = (hi.mT @ g).mT.to(layer.b.dtype) * layer.scale if need[3] else None
+            db = torch.empty_like(layer.b).copy_((hi.mT @ g).mT).mul_(layer.scale) if need[3] else None
             dhs.append(g @ layer.b.to(dtype) * layer.scale)  # (T, r)
             if need_x:
                 dx = torch.mm(g, layer.w) if dx is None else dx.addmm_(g, layer.w)
