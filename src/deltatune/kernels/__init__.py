@@ -2,8 +2,9 @@
 
     with kernels.use("plain"): ...        or DELTATUNE_KERNELS=plain in the environment
 
-- `"fused"` (the default): one autograd node per adapted linear layer, the base's product included. The input is kept
-  once, in its own dtype, for all layers that read it; casts and dropout are made again in backward.
+- `"fused"` (the default): one autograd node for an adapted linear layer, or for several that read one input, the base's
+  products included. The input is kept once, in its own dtype, for all layers that read it; casts and dropout are made
+  again in backward.
 - `"lean"`: as `"fused"`, but what magnitudes need of a layer's output is computed again in backward, too, instead of
   kept: less memory for one more product of the base.
 - `"plain"`: ordinary autograd of what the methods write.
