@@ -138,9 +138,11 @@ class DoraDelta(Delta):
     def _square(self, w: Tensor) -> Tensor:
         """‖W‖² per row. On a CPU, where reading W again costs most, it is kept while the parameter is the same tensor
         of the same version and a few of its numbers, too, are what they were (writing through `.data` has none)."""
+        if w.device.type != "cpu" or torch.compiler.is_compiling():
+            return _square(w)
         param: Any = self.ref.param
         plain = type(param) is nn.Parameter and type(param.data) is Tensor and not param.is_inference()
-        if not plain or w.device.type != "cpu" or torch.compiler.is_compiling():
+        if not plain:
             return _square(w)
         key, some = (id(param), param._version, param.dtype), w.reshape(-1)[:: max(1, w.numel() // SAMPLES)]
         if self._kept is None or self._kept[0] != key or not torch.equal(self._kept[1], some):
