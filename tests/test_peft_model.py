@@ -435,3 +435,36 @@ def test_lazy_names_and_types_agree():
     assert typed == {k: v for k, v in deltatune._WHERE.items() if k in typed}
     assert set(deltatune._WHERE) == set(typed)
     assert all(getattr(deltatune, name) is not None for name in deltatune._WHERE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_for_good_writes_where_weights_stand_and_gives_the_same_numbers(dtype):
+    def adapted():
+        model = get_peft_model(llama().to(dtype), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        torch.manual_seed(3)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.normal_(0, 0.1)
+        return model
+
+    model = adapted()
+    model.merge_adapter()
+    wanted = {n: p.clone() for n, p in model.get_base_model().named_parameters() if "lora_" not in n}
+    model = adapted()
+    places = {n: p.data_ptr() for n, p in model.get_base_model().named_parameters() if "lora_" not in n}
+    merged = model.merge_and_unload()
+    assert {n: p.data_ptr() for n, p in merged.named_parameters()} == places
+    assert all(torch.equal(p, wanted[n]) for n, p in merged.named_parameters())
+    safe = adapted().merge_and_unload(safe_merge=True)
+    assert all(torch.equal(p, wanted[n]) for n, p in safe.named_parameters())
+
+
+def test_merging_for_good_leaves_a_shared_weight_to_its_other_reader():
+    base = llama(tie_word_embeddings=True)
+    embeddings = base.get_input_embeddings().weight.detach().clone()
+    model = get_peft_model(base, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    with torch.no_grad():
+        want = model(ids()).logits
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.get_input_embeddings().weight, embeddings)
+    assert torch.allclose(merged(ids()).logits, want, atol=1e-5)

@@ -178,7 +178,10 @@ class BaseTuner(nn.Module):
     ) -> nn.Module:
         """The base with adapters folded into it and no trace of them otherwise.
 
+        Ordinary weights are written over where they stand, without a second copy of the model.
+
         Args:
+            safe_merge: look for numbers that are not finite before anything is changed, which takes that copy.
             into: `"dense"` gives a model of ordinary weights in 16 or 32 bits; `"same"` keeps a quantised base's
                 storage and rounds the merged weights to it.
             rounding: how `"same"` rounds; default: as `set_merge_aware` did, else dithered.
@@ -189,7 +192,7 @@ class BaseTuner(nn.Module):
         from deltatune.stores.dense import dequantize_model
 
         same = self._same(into, rounding)
-        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=same)
+        self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=same, for_good=True)
         base = self.adapters.remove_all()
         return base if same is not None else dequantize_model(base)
 

@@ -378,11 +378,14 @@ class AdapterSet:
                     param.requires_grad_(value)
 
     # ------------------------------------------------------------------ merging
-    def merge(self, names: Sequence[str], *, safe: bool = False, same: Rounding | None = None) -> None:
+    def merge(
+        self, names: Sequence[str], *, safe: bool = False, same: Rounding | None = None, for_good: bool = False
+    ) -> None:
         """Folds adapters into the base weights, in float32; the originals are kept for `unmerge`.
 
         Args:
             same: into the base's own storage, and how to round where that is quantised; None for dense weights.
+            for_good: every adapter is taken out next, and there will be no `unmerge`.
 
         Raises:
             CannotMergeError: one of them has no equivalent weight. ConfigError: a result is not finite.
@@ -390,7 +393,7 @@ class AdapterSet:
         self.check(*names)
         all_names = (*self.plan.merged, *(n for n in names if n not in self.plan.merged))
         edits = [(n, self.edits[n]) for n in all_names]
-        self.merged.fold(edits, safe=safe, root=self.root, same=same, aware=self.plan.rounding)
+        self.merged.fold(edits, safe=safe, root=self.root, same=same, aware=self.plan.rounding, for_good=for_good)
         for name in self.configs:
             self.merged.tell(self.deltas(name))
         self.plan.merged = all_names

@@ -42,18 +42,19 @@ def fold(deltas: Sequence[Delta]) -> Tensor:
 BLOCK = 2**18
 
 
-def added(deltas: Sequence[Delta]) -> Tensor | None:
-    """`fold` of one low-rank pair into an ordinary matrix, in the weight's own dtype and layout, summed in float32 a
-    block of rows at a time: nothing but the result is ever whole in memory. None for everything else."""
+def matrix_of(deltas: Sequence[Delta]) -> Tensor | None:
+    """The ordinary matrix that a single low-rank pair changes, which `added` can fold; None for others."""
     delta = deltas[0]
     if len(deltas) > 1 or not isinstance(delta, LowRank) or type(delta).merged is not LowRank.merged:
         return None
-    w = delta.ref.dense_matrix()
-    if w is None:
-        return None
+    return delta.ref.dense_matrix()
+
+
+def added(delta: LowRank, w: Tensor, out: Tensor) -> Tensor:
+    """`fold` of one low-rank pair and the matrix `w` into `out` of the same dtype, which may be `w` itself: summed in
+    float32 a block of rows at a time, so that nothing but the result is ever whole in memory."""
     wide = torch.promote_types(w.dtype, torch.float32)
     a, b = (t.to(wide) for t in delta.factors())
-    out = torch.empty_like(w, memory_format=torch.contiguous_format)
     step = max(1, BLOCK // w.shape[1])
     for start in range(0, w.shape[0], step):
         rows = slice(start, start + step)

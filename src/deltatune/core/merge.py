@@ -10,14 +10,14 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.core.bank import Bank
-from deltatune.core.combine import added, fold, refuse_merge
-from deltatune.core.edits import Delta, Edit, ModuleEdit
+from deltatune.core.combine import added, fold, matrix_of, refuse_merge
+from deltatune.core.edits import Delta, Edit, LowRank, ModuleEdit
 from deltatune.core.hosts import Host, hosted_class
 from deltatune.core.rounding import Rounding
 from deltatune.core.sites import base_modules
@@ -41,6 +41,10 @@ def evaluating(edits: Sequence[Edit]) -> Iterator[None]:
             module.training = True
 
 
+#: a weight: the id of the module that has it, and its name there
+Key = tuple[int, str]
+
+
 @dataclass
 class New:
     """A merged tensor, where it goes, and the class that its module needs to compute with it (None: any)."""
@@ -56,9 +60,9 @@ class Merged:
     """The base's own tensors while others stand in their place."""
 
     def __init__(self) -> None:
-        #: (id of the owner, leaf) -> the base's own parameter
-        self.originals: dict[tuple[int, str], Any] = {}
-        self._places: dict[tuple[int, str], New] = {}
+        #: the base's own parameters
+        self.originals: dict[Key, Any] = {}
+        self._places: dict[Key, New] = {}
         #: the modules' own classes and the order of their tensors
         self._before: dict[int, tuple[type, list[str]]] = {}
         self._refs: list[Delta] = []
@@ -78,19 +82,26 @@ class Merged:
         root: nn.Module,
         same: Rounding | None = None,
         aware: Rounding | None = None,
+        for_good: bool = False,
     ) -> None:
         """Puts the folded weights of all these adapters in place; nothing changes if one cannot merge.
 
         Args:
             same: keep the base's storage, and how to round where that is quantised; None for dense weights.
             aware: how the adapters run merge-aware, so that dense weights hold the numbers that they run with.
+            for_good: nobody will restore, so ordinary weights may be written over, which takes no memory of their size.
         """
         edits = [edit for _, es in adapters for edit in es if not isinstance(edit, Bank)]
         for edit in edits:
             if not isinstance(edit, (Delta, ModuleEdit)):
                 raise refuse_merge(edit, getattr(edit.host, "path", ""))
+        groups = self._by_weight(edits)
+        over = self._overwritable(groups, root) if for_good and not safe else {}
         with evaluating(edits):
-            new = [*self._folded_deltas(edits, safe, (same, aware), root), *self._replaced(edits)]
+            rest = [deltas for key, deltas in groups.items() if key not in over]
+            new = [*self._folded_deltas(rest, safe, (same, aware), root), *self._replaced(edits)]
+            for pair, w in over.values():  # what could fail is behind us
+                added(pair, w, w)
         self.same = same
         self._untie(root, [n.owner for n in new])
         for n in new:
@@ -104,17 +115,43 @@ class Merged:
                 delta.ref.original = self.originals[key]
         self._refs += [e for e in edits if isinstance(e, Delta)]
 
-    def _folded_deltas(
-        self, edits: Sequence[Edit], safe: bool, how: tuple[Rounding | None, Rounding | None], root: nn.Module
-    ) -> Iterator[New]:
-        same, aware = how
-        groups: dict[tuple[int, str], list[Delta]] = {}
+    @staticmethod
+    def _by_weight(edits: Sequence[Edit]) -> dict[Key, list[Delta]]:
+        """The deltas of every weight that has some."""
+        groups: dict[Key, list[Delta]] = {}
         for edit in edits:
             if isinstance(edit, Delta):
                 groups.setdefault((id(edit.ref.owner), edit.ref.leaf), []).append(edit)
-        for deltas in groups.values():
-            ref = deltas[0].ref
-            dense = added(deltas)
+        return groups
+
+    def _overwritable(self, groups: dict[Key, list[Delta]], root: nn.Module) -> dict[Key, tuple[LowRank, Tensor]]:
+        """The weights that `added` can fold where they stand: no original is kept for them, and no other reads them."""
+        readers = Counter(
+            p.untyped_storage().data_ptr()
+            for module in root.modules()
+            for p in module._parameters.values()
+            if type(p) is nn.Parameter and type(p.data) is Tensor
+        )
+        found = {}
+        for key, deltas in groups.items():
+            w = None if key in self.originals else matrix_of(deltas)
+            if w is not None and readers[w.untyped_storage().data_ptr()] == 1:
+                found[key] = cast(LowRank, deltas[0]), w
+        return found
+
+    def _folded_deltas(
+        self,
+        groups: Sequence[list[Delta]],
+        safe: bool,
+        how: tuple[Rounding | None, Rounding | None],
+        root: nn.Module,
+    ) -> Iterator[New]:
+        same, aware = how
+        for deltas in groups:
+            ref, w, dense = deltas[0].ref, matrix_of(deltas), None
+            if w is not None:
+                new = torch.empty_like(w, memory_format=torch.contiguous_format)
+                dense = added(cast(LowRank, deltas[0]), w, new)
             full = fold(deltas) if dense is None else dense
             if safe and not torch.isfinite(full).all():
                 raise ConfigError(
