@@ -200,6 +200,8 @@ def spread(values: list[float]) -> str:
 
 def edge(lr: float, lrs: list[float]) -> str:
     """Says which way a better rate may lie, if the best is the first or the last that was tried."""
+    if len(lrs) == 1:
+        return f"{lr:g}"
     return f"{lr:g}" + (" (lowest)" if lr == lrs[0] else " (highest)" if lr == lrs[-1] else "")
 
 
