@@ -379,7 +379,16 @@ class StructuredConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.roles = {k: sorted(v) if isinstance(v, (set, tuple)) else v for k, v in (self.roles or {}).items()}
+        given: Any = self.roles or {}
+        if not isinstance(given, dict):
+            raise ConfigError(f'roles must be a table, as {{"attention": ["mixer"]}}, not {given!r}')
+        self.roles = {k: sorted(v) if isinstance(v, (set, tuple)) else v for k, v in given.items()}
+        for role, value in self.roles.items():
+            names = value if isinstance(value, list) else [value]
+            if not all(isinstance(name, str) for name in names):
+                raise ConfigError(
+                    f"roles[{role!r}] must be a list of name endings or a regular expression, not {value!r}"
+                )
 
     def written(self, model: nn.Module) -> dict[str, Any]:
         values = super().written(model)

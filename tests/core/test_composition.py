@@ -257,6 +257,21 @@ def test_a_fusion_is_saved_with_its_adapters(tmp_path):
     assert torch.equal(fresh(input_ids=ids()).logits, live)
 
 
+def test_a_prefix_in_a_stack_with_a_composition(model, tmp_path):
+    alone = run(model, Stack("p", "a"))
+    assert torch.allclose(run(model, Stack("p", Average("a", "a"))), alone, atol=1e-6)
+    tree = Stack("p", Average("b", Stack("a", "d"), weights=[1, 3]))
+    live = run(model, tree)
+    assert not torch.allclose(live, run(model, Average("b", Stack("a", "d"), weights=[1, 3])), atol=1e-3)
+    rows = run(model, BatchSplit("c", tree, batch_sizes=[1, 2]))
+    assert torch.allclose(rows[1:], live[1:], atol=1e-5)
+    assert torch.allclose(rows[:1], run(model, "c")[:1], atol=1e-5)
+    model.save_composition(tmp_path, tree)
+    fresh = get_peft_model(llama(), LoraConfig(**LORA), adapter_name="other").eval()
+    fresh.load_composition(tmp_path)
+    assert torch.equal(fresh(input_ids=ids()).logits, live)
+
+
 # ---------------------------------------------------------------------- what makes no sense
 def test_what_is_refused(model):
     with pytest.raises(ConfigError, match="Fuse needs at least 2 adapters, not 1"):
@@ -273,6 +288,8 @@ def test_what_is_refused(model):
         run(model, Fuse("a", "c"))
     with pytest.raises(ConfigError, match=r"'p' cannot stand in Average.*only Stack takes it"):
         run(model, Average("p", "a"))
+    with pytest.raises(ConfigError, match="'p' cannot stand in"):
+        run(model, Stack("p", Average("p", "a")))
     with pytest.raises(ConfigError, match="none of b, d is a bottleneck adapter"):
         model.add_adapter("b,d", FusionConfig(adapters=["b", "d"]))
     with pytest.raises(ConfigError, match="Parallel cannot stand inside Average"):

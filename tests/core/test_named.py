@@ -223,6 +223,14 @@ def test_what_is_refused():
         get_peft_model(odd(), PfeifferConfig(roles={**ROLES, "attention": ["mixx"]}))
     with pytest.raises(TargetError, match=r"names 'stage_0' and 'stage_0.mix', which is inside it"):
         get_peft_model(odd(), PfeifferConfig(roles={**ROLES, "blocks": r"stage_\d(\.mix)?"}))
+    with pytest.raises(TargetError, match=r"a string is a regular expression over whole paths, and \['mix'\] matches"):
+        get_peft_model(odd(), HoulsbyConfig(roles={"attention": "mix"}))
+    with pytest.raises(TargetError, match="roles names 'stage_0.mix' as 'attention' and as 'feedforward'"):
+        get_peft_model(odd(), HoulsbyConfig(roles={"attention": ["mix"], "feedforward": ["mix"]}))
+    with pytest.raises(ConfigError, match="roles must be a table"):
+        HoulsbyConfig(roles=["mix"])
+    with pytest.raises(ConfigError, match=r"roles\['blocks'\] must be a list of name endings or .*, not 3"):
+        HoulsbyConfig(roles={"blocks": 3})
     with pytest.raises(ConfigError, match="target_modules names the places itself"):
         get_peft_model(odd(), BottleneckConfig(roles=ROLES, target_modules=["fall"]))
 

@@ -134,9 +134,10 @@ def test_a_classifiers_pooler_reads_the_side():
     assert all(s.weight.grad is not None for s in edit(model).slots if "position" not in s.key)
 
 
-def test_a_16_bit_base():
-    model = get_peft_model(llama().to(torch.bfloat16), LadderConfig(**FIELDS))
-    out = model(input_ids=ids(), labels=ids())
+@pytest.mark.parametrize(("make", "labels"), [(llama, ids()), (bert, torch.tensor([0, 1, 1]))])
+def test_a_16_bit_base(make, labels):
+    model = get_peft_model(make().to(torch.bfloat16), LadderConfig(**FIELDS))
+    out = model(input_ids=ids(), labels=labels)
     out.loss.backward()
     assert out.logits.dtype == torch.bfloat16
 

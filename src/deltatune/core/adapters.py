@@ -19,7 +19,7 @@ from deltatune.config import PeftConfig, TargetedConfig
 from deltatune.core import attention, merge, together
 from deltatune.core.bank import Bank
 from deltatune.core.combine import composable
-from deltatune.core.composition import BatchSplit, Composition, Fuse, Node, channels, leaves, nodes, ordered
+from deltatune.core.composition import BatchSplit, Composition, Fuse, Node, beside, channels, leaves, nodes
 from deltatune.core.copies import ModuleCopy
 from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit, Slot
 from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_paths, unhost
@@ -293,9 +293,7 @@ class AdapterSet:
         self.check(*leaves(tree))
         for channel in channels(tree):
             for node in [channel] if not isinstance(channel, BatchSplit) else channel.children:
-                if ordered(node):
-                    continue
-                for name in leaves(node):
+                for name in beside(node):
                     for edit in self.edits[name]:
                         if not composable(edit):
                             raise ConfigError(

@@ -190,6 +190,15 @@ def by_rows(node: Node) -> bool:
     return isinstance(node, BatchSplit) or any(isinstance(n, Parallel) for n in nodes(node))
 
 
+def beside(node: Node) -> tuple[str, ...]:
+    """The names of the adapters that something other than a `Stack` has around them, each once."""
+    if isinstance(node, str):
+        return ()
+    if not isinstance(node, Stack):
+        return leaves(node)
+    return tuple(dict.fromkeys(name for child in node.children for name in beside(child)))
+
+
 def ordered(node: Node) -> bool:
     """Whether a composition is nothing but adapters one after the other."""
     return all(isinstance(n, (str, Stack)) for n in nodes(node))

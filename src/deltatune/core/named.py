@@ -35,6 +35,8 @@ ROLES: dict[str, str] = {
     "norm_after_cross_attention": "norm of the sum behind cross-attention",
     "norm_after_feedforward": "norm of the sum behind the feed-forward part",
 }
+#: roles of which a module can have one alone; its query and key may be the same layer
+APART = ("attention", "cross_attention", "feedforward", "norm")
 #: how many of a model's own names an error lists
 SHOWN = 8
 
@@ -50,7 +52,8 @@ class Named:
         """The modules that a configuration's `roles` name.
 
         Raises:
-            ConfigError: a role that there is not. TargetError: a pattern that matches nothing; says the nearest names.
+            ConfigError: a role that there is not. TargetError: a pattern that matches nothing, with the nearest names,
+                or a module that two patterns give roles which it cannot have both.
         """
         paths = [p for p, _ in base_modules(model) if p]
         found = {}
@@ -60,6 +63,11 @@ class Named:
             hits = select(patterns, paths, f"roles[{role!r}]") if patterns else {}
             taken = {p for some in hits.values() for p in some}
             found[role] = tuple(p for p in paths if p in taken)
+        owner: dict[str, str] = {}
+        for role, path in ((role, path) for role in APART for path in found.get(role, ())):
+            if path in owner:
+                raise TargetError(f"roles names {path!r} as {owner[path]!r} and as {role!r}; it can be one of them")
+            owner[path] = role
         return cls(found)
 
     def __contains__(self, role: str) -> bool:

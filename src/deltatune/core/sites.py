@@ -162,6 +162,8 @@ def select(
         if not hits:
             leaves = {p.rpartition(".")[2]: None for p in nearby or paths}
             better = hint(pattern, [*leaves, *(nearby or paths)])
+            if isinstance(patterns, str) and pattern in leaves:
+                better = f"; a string is a regular expression over whole paths, and [{pattern!r}] matches their ends"
             raise TargetError(f"{what} {pattern!r} matches no module of this model{better}")
     return found
 

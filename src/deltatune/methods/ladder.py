@@ -225,7 +225,8 @@ class LadderEdit(ModuleEdit):
             last = out[0]
         elif self.residual:
             last = last.to(out[0].dtype) + out[0].detach()
-        values = {**out, "last_hidden_state": last.to(states[-1].dtype)}
+        last = last.to(states[-1].dtype)
+        values = {**out, "last_hidden_state": last}
         pooler: Any = getattr(self.host, "pooler", None)
         if pooler is not None and "pooler_output" in out:
             values["pooler_output"] = pooler(last)
