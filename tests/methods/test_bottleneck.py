@@ -371,6 +371,12 @@ def test_what_is_refused():
         get_peft_model(llama(), PfeifferConfig(reduction_factor=64))
     with pytest.raises(ConfigError, match=r"non_linearity 'reluu' is not known.*relu"):
         PfeifferConfig(non_linearity="reluu")
+    with pytest.raises(ConfigError, match="reduction_factor must be a number, or one for each layer, not '16'"):
+        PfeifferConfig(reduction_factor="16")
+    with pytest.raises(TargetError, match="reduction_factor names layer '2', which is not"):
+        get_peft_model(llama(), PfeifferConfig(reduction_factor={0: 4, 1: 4, 2: 4}))
+    with pytest.raises(ConfigError, match="inv_adapter_reduction_factor must be positive, not 0"):
+        BottleneckConfig(inv_adapter="nice", inv_adapter_reduction_factor=0)
     with pytest.raises(TargetError, match="leave_out names layer 7, and the model has layers 0 to 1"):
         get_peft_model(llama(), PfeifferConfig(leave_out=[7]))
     with pytest.raises(TargetError, match="layers_to_transform names layer 5"):

@@ -64,10 +64,11 @@ class Named:
             taken = {p for some in hits.values() for p in some}
             found[role] = tuple(p for p in paths if p in taken)
         owner: dict[str, str] = {}
-        for role, path in ((role, path) for role in APART for path in found.get(role, ())):
-            if path in owner:
-                raise TargetError(f"roles names {path!r} as {owner[path]!r} and as {role!r}; it can be one of them")
-            owner[path] = role
+        for one in APART:
+            for path in found.get(one, ()):
+                if path in owner:
+                    raise TargetError(f"roles names {path!r} as {owner[path]!r} and as {one!r}; it can be one of them")
+                owner[path] = one
         return cls(found)
 
     def __contains__(self, role: str) -> bool:

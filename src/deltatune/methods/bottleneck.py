@@ -111,6 +111,15 @@ class BottleneckConfig(StructuredConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         activation(self.non_linearity)
+        if isinstance(self.reduction_factor, dict):
+            self.reduction_factor = {str(layer): factor for layer, factor in self.reduction_factor.items()}
+        for factor in self._factors():
+            if not isinstance(factor, (int, float)):
+                raise ConfigError(f"reduction_factor must be a number, or one for each layer, not {factor!r}")
+        if not self.inv_adapter_reduction_factor > 0:
+            raise ConfigError(
+                f"inv_adapter_reduction_factor must be positive, not {self.inv_adapter_reduction_factor!r}"
+            )
         if self.init_weights not in (kinds := ("bert", "houlsby", "mam_adapter")):
             raise ConfigError(f"init_weights {self.init_weights!r} is not one of {', '.join(kinds)}")
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
@@ -137,6 +146,10 @@ class BottleneckConfig(StructuredConfig):
             )
         if not (self.mh_adapter or self.output_adapter or self.cross_adapter):
             raise ConfigError("mh_adapter, output_adapter and cross_adapter are all off, so there is nothing to train")
+
+    def _factors(self) -> list[Any]:
+        factor = self.reduction_factor
+        return list(factor.values()) if isinstance(factor, dict) else [factor]
 
     @classmethod
     def example(cls, **fields: Any) -> BottleneckConfig:
@@ -172,6 +185,13 @@ class BottleneckConfig(StructuredConfig):
         absent = [i for i in self.leave_out if i not in range(len(numbers))]
         if absent:
             raise TargetError(f"leave_out names layer {absent[0]}, and the model has layers 0 to {len(numbers) - 1}")
+        known = {"default", *map(str, numbers.values())}
+        named_layers = self.reduction_factor if isinstance(self.reduction_factor, dict) else {}
+        strange = [layer for layer in named_layers if layer not in known]
+        if strange:
+            raise TargetError(
+                f'reduction_factor names layer {strange[0]!r}, which is not "default" or one of 0 to {len(numbers) - 1}'
+            )
         wanted = self._wanted(len(numbers))
         on = {ATTENTION: self.mh_adapter, CROSS: self.cross_adapter, FEEDFORWARD: self.output_adapter}
         drop = excluded(self, paths)
