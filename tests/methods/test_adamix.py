@@ -51,7 +51,7 @@ def test_merged_experts_are_one_adapter_of_their_mean(tmp_path):
     model = get_peft_model(bert(), AdaMixConfig(**SMALL))
     shake(model)
     before, means = model(input_ids=ids()).logits, [p.weight.weight.detach() for p in parts(model)]
-    merge_experts(model.adapters, "default")
+    merge_experts(model)
     for part, w in zip(parts(model), means, strict=True):
         assert torch.equal(part.weight.weight, w.mean(0) if w.ndim == 3 else w)
     assert torch.allclose(model(input_ids=ids()).logits, before, atol=1e-6)
@@ -62,7 +62,7 @@ def test_merged_experts_are_one_adapter_of_their_mean(tmp_path):
     assert fresh.peft_config["default"].num_experts == 1
     assert torch.equal(fresh(input_ids=ids()).logits, model(input_ids=ids()).logits)
     with pytest.raises(ConfigError, match="is BOTTLENECK, which has no experts"):
-        merge_experts(get_peft_model(bert(), BottleneckConfig(**SMALL)).adapters, "default")
+        merge_experts(get_peft_model(bert(), BottleneckConfig(**SMALL)))
 
 
 def test_one_expert_is_the_plain_adapter():

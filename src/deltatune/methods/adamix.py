@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.config import register
-from deltatune.core.adapters import AdapterSet
 from deltatune.core.edits import Edit
 from deltatune.errors import ConfigError
 from deltatune.methods._bottleneck import Bottleneck, initial
 from deltatune.methods.bottleneck import BottleneckConfig
+from deltatune.state import find_adapters
 
 
 class Experts:
@@ -104,17 +104,18 @@ class AdaMixConfig(BottleneckConfig):
         )
 
 
-def merge_experts(adapters: AdapterSet, name: str) -> None:
+def merge_experts(model: nn.Module, adapter_name: str = "default") -> None:
     """Makes one adapter of the experts' mean, for good; outputs outside training do not change.
 
     Raises:
         ConfigError: the adapter is no AdaMix.
     """
-    adapters.check(name)
-    config = adapters.configs[name]
+    adapters = find_adapters(model)
+    adapters.check(adapter_name)
+    config = adapters.configs[adapter_name]
     if not isinstance(config, AdaMixConfig):
-        raise ConfigError(f"adapter {name!r} is {config.method}, which has no experts to merge")
-    for edit in adapters.edits[name]:
+        raise ConfigError(f"adapter {adapter_name!r} is {config.method}, which has no experts to merge")
+    for edit in adapters.edits[adapter_name]:
         if isinstance(edit, Bottleneck):
             for part in (edit.down, edit.up):
                 part.merge()
