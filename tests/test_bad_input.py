@@ -272,3 +272,13 @@ def test_a_plan_says_what_would_be_touched():
     assert plan.patterns["modules_to_save"] == ["model.norm"]
     assert plan.tied == [("model.embed_tokens.weight", "lm_head.weight")]
     assert type(base.model.embed_tokens) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    "normed", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal]
+)
+def test_a_weight_that_is_computed_at_every_call_is_refused_by_name(normed):
+    model = torch.nn.Sequential()
+    model.add_module("first", normed(torch.nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="'weight' of 'first' is computed.*remove_parametrizations"):
+        get_peft_model(model, LoraConfig(target_modules=["first"]))

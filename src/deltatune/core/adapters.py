@@ -26,8 +26,8 @@ from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_pat
 from deltatune.core.plan import BASE, Plan, RowPlan, State
 from deltatune.core.rounding import Rounding
 from deltatune.core.sites import Site, base_modules, saved_modules, standing
-from deltatune.core.weights import WeightRef
-from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, hint
+from deltatune.core.weights import WeightRef, is_computed
+from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, TargetError, hint
 
 ATTRIBUTE = "_deltatune"
 #: reduced-precision bases get float32 adapters, unless the caller says otherwise
@@ -154,6 +154,12 @@ class AdapterSet:
         """The weight at a site; None for sites of a whole module."""
         if site.parameter is None:
             return None
+        if is_computed(modules[site.path], site.parameter):
+            raise TargetError(
+                f"{site.parameter!r} of {site.path!r} is computed from other tensors at every call (weight_norm, "
+                "spectral_norm or another parametrisation), so there is no weight to change; take that off first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm, or leave the module out"
+            )
         ref = WeightRef(modules[site.path], site.parameter, site.rows)
         ref.original = self.merged.originals.get((id(ref.owner), ref.leaf))
         return ref

@@ -31,6 +31,12 @@ from deltatune.stores import DenseStore, find_layer, find_store, product_of, tab
 Rows = slice | Tensor | None
 
 
+def is_computed(module: nn.Module, name: str) -> bool:
+    """Whether a weight is no parameter of its own but made at every call, as `weight_norm` does."""
+    owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    return table_of(owner, leaf).get(leaf) is None and find_layer(owner) is None and hasattr(owner, leaf)
+
+
 class WeightRef:
     """One frozen weight of one module.
 
