@@ -282,3 +282,10 @@ def test_a_weight_that_is_computed_at_every_call_is_refused_by_name(normed):
     model.add_module("first", normed(torch.nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="'weight' of 'first' is computed.*remove_parametrizations"):
         get_peft_model(model, LoraConfig(target_modules=["first"]))
+
+
+def test_a_model_and_a_configuration_in_this_order():
+    with pytest.raises(ValueError, match="in this order, not LoraConfig and Linear"):
+        get_peft_model(LoraConfig(), torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="not list and LoraConfig"):
+        get_peft_model(["fc"], LoraConfig())

@@ -34,6 +34,11 @@ def get_peft_model(
     """
     if isinstance(model, PeftModel):
         raise ConfigError("this model is a PeftModel already; use add_adapter for another adapter")
+    if not isinstance(model, nn.Module) or not isinstance(peft_config, PeftConfig):
+        given = f"{type(model).__name__} and {type(peft_config).__name__}"
+        raise ConfigError(
+            f"get_peft_model takes a model (an nn.Module) and a configuration, in this order, not {given}"
+        )
     if revision is not None:
         peft_config.revision = revision
     return class_for(peft_config)(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
