@@ -17,6 +17,10 @@ class ConfigError(DeltatuneError):
     """A configuration value is impossible or contradicts another one."""
 
 
+class PackingError(ConfigError):
+    """Several examples in one row would see each other, or a part of what belongs to every one."""
+
+
 class TargetError(DeltatuneError):
     """A pattern matches nothing, or a module that cannot carry the edit."""
 

@@ -241,7 +241,7 @@ def test_virtual_tokens_keep_rows_apart(recipe, key):
     [
         ({"train": {"optim": "adamw_troch"}}, "no optimiser of transformers; did you mean 'adamw_torch'"),
         ({"train": {"optim": "galore_adamw"}}, "which are frozen here: use method FULL with in_place=true"),
-        ({"train": {"optim": "lomo"}}, "cannot train adapters"),
+        ({"train": {"optim": "lomo"}}, "set train.gradient_accumulation=1"),
         ({"train": {"optim_target_modules": "all-linear"}}, "not adamw_torch; drop it"),
         ({"train": {"optim": "paged_adamw_8bit"}}, "there is no GPU: use adamw_8bit"),
         ({"train": {"logging": ["tensorbord"]}}, "no target 'tensorbord'; did you mean 'tensorboard'"),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from deltatune.core.composition import leaves
 from deltatune.core.edits import Args, Kwargs, PromptEdit
 from deltatune.core.plan import State
-from deltatune.errors import ConfigError
+from deltatune.errors import ConfigError, PackingError
 
 #: (batch rows or None for all, the prompts that run there)
 Groups = list[tuple[tuple[int, ...] | None, list[PromptEdit]]]
@@ -232,7 +232,7 @@ def check_packing(groups: Groups, layout: Layout, call: Kwargs) -> None:
     if torch.compiler.is_compiling() or not any(e.causal for _, edits in groups for e in edits):
         return  # a compiled call cannot look at numbers
     if bool((given[:, 1:] < given[:, :-1]).any()):
-        raise ConfigError(
+        raise PackingError(
             "position_ids start again inside a row (packed sequences), and a prompt would stand before the first "
             "sequence only; turn packing off, or use a prefix, which every sequence sees"
         )

@@ -6,7 +6,8 @@ batches, `preview` shows them. The parts live in the `data_*` modules; this is t
 
 from __future__ import annotations
 
-from deltatune.train.data_batch import Collator, PackingError, check_packing, pack, preview
+from deltatune.errors import PackingError
+from deltatune.train.data_batch import Collator, check_packing, pack, preview
 from deltatune.train.data_encode import check_max_length, describe_encoded, encode, encode_prompt, split_texts
 from deltatune.train.data_load import load_examples
 from deltatune.train.data_spec import (

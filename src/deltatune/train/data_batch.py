@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltatune.errors import ConfigError
+from deltatune.errors import PackingError
 from deltatune.train.data_spec import IGNORE, DataError, Encoded
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-
-class PackingError(ConfigError):
-    """A model in which packed examples would see each other."""
 
 
 def pack(encoded: Sequence[Encoded], max_length: int) -> list[Encoded]:
