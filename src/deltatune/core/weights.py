@@ -34,7 +34,8 @@ Rows = slice | Tensor | None
 def is_computed(module: nn.Module, name: str) -> bool:
     """Whether a weight is no parameter of its own but made at every call, as `weight_norm` does."""
     owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    return table_of(owner, leaf).get(leaf) is None and find_layer(owner) is None and hasattr(owner, leaf)
+    there = getattr(owner, leaf, None) is not None
+    return there and table_of(owner, leaf).get(leaf) is None and find_layer(owner) is None
 
 
 class WeightRef:
