@@ -18,8 +18,10 @@ ENTRIES: dict[str, Entry] = {
     "Houlsby": Entry("HoulsbyConfig", 2e-3),
     "Pfeiffer": Entry("PfeifferConfig", 2e-3),
     "Parallel, scaled": Entry("ParallelConfig", 1e-3, {"reduction_factor": 16}),
-    "Compacter": Entry("CompacterConfig", 3e-3),
-    "Compacter++": Entry("CompacterPlusPlusConfig", 3e-3),
+    "Compacter": Entry("CompacterConfig", 3e-3, {}, MINILM),
+    "Compacter++": Entry("CompacterPlusPlusConfig", 3e-3, {}, MINILM),
+    "Compacter, d/16": Entry("CompacterConfig", 3e-3, {"reduction_factor": 16}, ("answers",)),  # 4 divides 36, not 18
+    "Compacter++, d/16": Entry("CompacterPlusPlusConfig", 3e-3, {"reduction_factor": 16}, ("answers",)),
     "AdaMix": Entry("AdaMixConfig", 2e-3),
     "SparseAdapter, snip 40 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.4}),
     "SparseAdapter, large 10 %": Entry("SparseAdapterConfig", 2e-3, {"keep": 0.1, "reduction_factor": 4}),
