@@ -242,7 +242,7 @@ def main(entries: dict[str, Entry] = ENTRIES, text: str = __doc__, out: str = "s
             task = replace(task, steps=steps, held_out=task.held_out[:held_out])
             for name in todo:
                 entry, tried = entries[name], {}
-                if task_name == "entities":
+                if task.task_type in HEAD_LR:
                     entry = replace(entry, lr=entry.lr / 2)
                 if options.tune:
                     entry, tried = search(name, entry, choice, progress)

@@ -366,10 +366,14 @@ class LowRank(Delta):
         h = F.linear(self.drop(x), a.to(x.dtype))
         return pair[0].operator(x, pair[1], h, b.to(x.dtype))
 
+    def _undisturbed(self, x: Tensor, edits: Sequence[LowRank]) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of a linear layer that these edits, without dropout, do nothing to but what LowRank does."""
+        plain = all(type(e).update is LowRank.update and type(e).drop is LowRank.drop for e in edits)
+        drops = self.host.training and any(e.dropout for e in edits)
+        return self.ref.plain_base(x) if plain and not drops and self.ref.linear else None
+
     def layer(self, x: Tensor) -> Layer | None:
-        own = type(self).update is LowRank.update and type(self).drop is LowRank.drop
-        drops = self.host.training and self.dropout
-        base = self.ref.plain_base(x) if own and not drops and self.ref.linear else None
+        base = self._undisturbed(x, [self])
         if base is None:
             return None
         a, b, scale = self.scaled()
@@ -379,9 +383,7 @@ class LowRank(Delta):
         """The module's whole call on inputs like `x` while no weight changes and nothing is trained, alone or with the
         adapters of other rows (see `reader_of_rows`); None where there is no such path."""
         edits = [self, *others]
-        plain = all(type(e).update is LowRank.update and type(e).drop is LowRank.drop for e in edits)
-        drops = self.host.training and any(e.dropout for e in edits)
-        base = self.ref.plain_base(x) if plain and not drops and self.ref.linear else None
+        base = self._undisturbed(x, edits)
         if base is None:
             return None
         if not others and index is None:
@@ -435,10 +437,6 @@ class LowRank(Delta):
         dropped = [edit.drop(part) for edit, part in zip(edits, parts, strict=True)]
         return x if all(d is p for d, p in zip(dropped, parts, strict=True)) else torch.cat(dropped)
 
-    def product_of_rows(self, pairs: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], x: Tensor) -> Tensor:
-        """One grouped product for rows of `x` that come in runs of `sizes`, one run a pair."""
-        return self.grouped(*self.stack(pairs, x.dtype), sizes, x)
-
     def stack(self, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`a: (n, r, in)` and `b: (n, out, r)` of several adapters, ranks padded to a multiple of 8 where they differ.
 
@@ -451,16 +449,12 @@ class LowRank(Delta):
             pairs = [(F.pad(a, (0, 0, 0, r - a.shape[-2])), F.pad(b, (0, r - b.shape[-1]))) for a, b in pairs]
         return torch.stack([a for a, _ in pairs]).to(dtype), torch.stack([b.mT for _, b in pairs]).to(dtype).mT
 
-    def grouped(
-        self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor, ranks: Sequence[int] | None = None
-    ) -> Tensor:
+    def grouped(self, a: Tensor, b: Tensor, sizes: Sequence[int], x: Tensor, ranks: Sequence[int]) -> Tensor:
         """Every run's own product, by a GPU kernel where one is chosen; `ranks` are those before they were padded."""
         if len(sizes) == 1:
             return self.ref.factored(x, a[0], b[0])
         if self.ref.linear and gpu.on(x):
-            made = gpu.grouped(
-                x, a, b, sizes, ranks or [a.shape[-2]] * len(sizes), lambda x, a, b: self._by_torch(a, b, sizes, x)
-            )
+            made = gpu.grouped(x, a, b, sizes, ranks, lambda x, a, b: self._by_torch(a, b, sizes, x))
             if made is not None:
                 return made
         return self._by_torch(a, b, sizes, x)

@@ -24,9 +24,6 @@ from deltatune.core.sites import base_modules
 from deltatune.errors import ConfigError
 from deltatune.stores import find_store, put_weight, strip, table_of, weight_of
 
-#: where a module keeps a tensor: its parameters or its buffers
-Place = tuple[nn.Module, str]
-
 
 @contextlib.contextmanager
 def evaluating(edits: Sequence[Edit]) -> Iterator[None]:

@@ -13,7 +13,6 @@ from torch import nn
 
 from deltatune.core import fused, roles
 from deltatune.core.edits import AdapterTensors
-from deltatune.core.hosts import Host
 from deltatune.core.ops import LINEAR, TransposedOp, class_names, find_op
 from deltatune.core.weights import Rows
 from deltatune.errors import ConfigError, TargetError, hint
@@ -539,7 +538,3 @@ def tied_sites(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, str]]
         param = model.get_submodule(site.path).get_submodule(parent)._parameters.get(leaf)
         tied += [(full, other) for other in users.get(id(param), []) if other != full]
     return tied
-
-
-def is_hosted(module: nn.Module) -> bool:
-    return isinstance(module, Host)

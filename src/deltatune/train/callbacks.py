@@ -163,8 +163,9 @@ class MergeAwareCallback(TrainerCallback):  # type: ignore[misc]
         self.aware = aware
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        plain = state.global_step < self.aware.start * state.max_steps
-        model.set_merge_aware(not plain, rounding=self.aware.rounding, seed=self.aware.seed)
+        wanted = state.global_step >= self.aware.start * state.max_steps
+        if wanted != (model.adapters.plan.rounding is not None):  # switching tries a whole weight of every storage
+            model.set_merge_aware(wanted, rounding=self.aware.rounding, seed=self.aware.seed)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         model.set_merge_aware(rounding=self.aware.rounding, seed=self.aware.seed)
