@@ -4,7 +4,7 @@ A quantised weight lies on its grid exactly, so a merge to the nearest code undo
 is nearly all of a fine-tune. `"dithered"` rounds each number up or down by a draw of its own (`stores.grid`): the mean
 of the merged weight is `W + ΔW`, a weight without a change keeps its bytes, and so do the scales. The draws come from a
 seed and the weight's path, so that every merge of one adapter gives the same bytes. `"nearest"` quantises the sum anew,
-as happens to a weight whose change leads well beyond its grid.
+and a weight whose change leads well beyond its grid gets scales anew, on which it is dithered.
 
 Merge-aware training runs a merged weight as it will be written:
 
@@ -77,17 +77,19 @@ class Rounding:
             )
         base = store.load(param)
         draw = draws(f"{path}.{name}", base.numel(), self.seed, base.device).view(base.shape)
+        value = value.to(base.device)
         try:
-            return store.move(param, value.to(base.device) - base.to(value.dtype), draw)
+            return store.move(param, value - base.to(value.dtype), draw)
         except BeyondGridError:
-            return store.save(param, value)
+            anew = store.save(param, value)
+            return store.move(anew, value - store.load(anew).to(value.dtype), draw, clip=True)
 
     @torch.no_grad()
     def change(self, ref: Any, value: Tensor) -> Tensor:
         """What `write` will have changed of the base's numbers, as they are read then."""
         there: Tensor = ref.store.load(self.write(ref, value)).to(value.dtype)
         base: Tensor = ref.store.load(ref.param).to(value.dtype)
-        return there - base
+        return torch.where(value.isfinite(), there - base, torch.nan)  # codes have none
 
 
 @lru_cache(maxsize=4)

@@ -22,8 +22,8 @@ from deltatune.kernels.low_rank import Product
 class Store(Protocol):
     """How frozen numbers are kept. Stores hold no state of their own.
 
-    A store that knows its grid also has `move(param, change, draw)`: a new parameter on the same grid, every number
-    moved by `change` and rounded up or down by its `draw`, both of the logical shape; see `grid`.
+    A store that knows its grid also has `move(param, change, draw, clip=False)`: a new parameter on the same grid,
+    every number moved by `change` and rounded up or down by its `draw`, both of the logical shape; see `grid`.
 
     A store may have `dense_layer`, the class of an ordinary layer that computes the same from a dense weight; merging
     then goes into a dense weight unless it is asked to round. `leftovers` are the layer's attributes to drop when that

@@ -97,29 +97,31 @@ def _scale(param: Any) -> Tensor:
     return scale
 
 
-def _move_whole(param: Any, change: Tensor, draw: Tensor) -> Tensor:
+def _move_whole(param: Any, change: Tensor, draw: Tensor, clip: bool) -> Tensor:
     kind = torch.iinfo(param.qdata.dtype)
     low, high = kind.min, kind.max
     if hasattr(param, "target_dtype"):  # fewer bits than the type they are kept in
         high = 2 ** (int(str(param.target_dtype).removeprefix("torch.int")) - 1) - 1
         low = -high - 1
     by = in_units(change, _scale(param))
-    return _with(param, qdata=stepped(param.qdata, by, draw, low, high).to(param.qdata.dtype))
+    return _with(param, qdata=stepped(param.qdata, by, draw, low, high, clip=clip).to(param.qdata.dtype))
 
 
-def _move_float8(param: Any, change: Tensor, draw: Tensor) -> Tensor:
+def _move_float8(param: Any, change: Tensor, draw: Tensor, clip: bool) -> Tensor:
     every = torch.arange(256, dtype=torch.uint8, device=change.device).view(param.qdata.dtype).float()
     levels = torch.unique(every[every.isfinite()])  # sorted; one zero
-    code = torch.bucketize(param.qdata.float().view(-1), levels)
-    new = moved(code, in_units(change, _scale(param)).view(-1), draw.reshape(-1), levels)
-    return _with(param, qdata=levels[new].to(param.qdata.dtype).view_as(param.qdata))
+    there = param.qdata.float().view(-1)
+    code = torch.bucketize(there, levels).clamp_(max=len(levels) - 1)  # torchao gives rows of zeros no number
+    new = moved(code, in_units(change, _scale(param)).view(-1), draw.reshape(-1), levels, clip=clip)
+    numbers = torch.where(new == code, there, levels[new])  # also a zero keeps its sign
+    return _with(param, qdata=numbers.to(param.qdata.dtype).view_as(param.qdata))
 
 
-def _move_nf4(param: Any, change: Tensor, draw: Tensor) -> Tensor:
+def _move_nf4(param: Any, change: Tensor, draw: Tensor, clip: bool) -> Tensor:
     scales = param.dequantize_scalers(param.quantized_scalers, param.quantization_factor, param.scaler_block_size)
     code = unpack(param.quantized_data, change.numel())
     by = in_blocks(change, scales.float(), param.block_size)
-    new = moved(code, by, draw.reshape(-1), param.nf4.float())
+    new = moved(code, by, draw.reshape(-1), param.nf4.float(), clip=clip)
     made: Any = type(param).from_tensor(param.get_original_weight(), param.block_size, param.scaler_block_size)
     for name in ("quantized_scalers", "quantization_factor", "scaler_mean", "nf4"):
         setattr(made, name, getattr(param, name))
@@ -128,7 +130,7 @@ def _move_nf4(param: Any, change: Tensor, draw: Tensor) -> Tensor:
 
 
 #: name of a tensor class -> how its numbers move on the grid that is there
-MOVERS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+MOVERS: dict[str, Callable[[Any, Tensor, Tensor, bool], Tensor]] = {
     "Int8Tensor": _move_whole,
     "IntxUnpackedToInt8Tensor": _move_whole,
     "Float8Tensor": _move_float8,
@@ -172,7 +174,7 @@ class TorchAoStore:
             made = MAKERS[name](param, value.to(param.device, param.dtype).contiguous())
         return nn.Parameter(made, requires_grad=False)
 
-    def move(self, param: Any, change: Tensor, draw: Tensor) -> nn.Parameter:
+    def move(self, param: Any, change: Tensor, draw: Tensor, *, clip: bool = False) -> nn.Parameter:
         name = type(param.data).__name__
         if name not in MOVERS:
             raise CannotMergeError(
@@ -180,7 +182,7 @@ class TorchAoStore:
                 'rounding="nearest"'
             )
         with torch.no_grad():
-            made = MOVERS[name](param, change.to(param.device).float(), draw)
+            made = MOVERS[name](param, change.to(param.device).float(), draw, clip)
         return nn.Parameter(made, requires_grad=False)
 
 

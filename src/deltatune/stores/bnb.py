@@ -67,11 +67,14 @@ class Bnb4Store:
         )
         return self._made(param, packed, state)
 
-    def move(self, param: Any, change: Tensor, draw: Tensor) -> nn.Parameter:
+    def move(self, param: Any, change: Tensor, draw: Tensor, *, clip: bool = False) -> nn.Parameter:
         data, state = _plain(param)
         by = in_blocks(change.float(), _scales(state), state.blocksize)
-        new = moved(unpack(data.view(torch.uint8), change.numel()), by, draw.reshape(-1), state.code.float())
-        return self._made(param, pack(new).view(data.dtype).view(data.shape), copy.copy(state))
+        packed = data.view(torch.uint8)
+        codes = unpack(packed, 2 * packed.numel())  # what fills the last byte stays
+        new = moved(codes[: by.numel()], by, draw.reshape(-1), state.code.float(), clip=clip)
+        words = pack(torch.cat([new, codes[by.numel() :]]))
+        return self._made(param, words.view(data.dtype).view(data.shape), copy.copy(state))
 
     def _made(self, param: Any, packed: Tensor, state: Any) -> nn.Parameter:
         made: nn.Parameter = Params4bit(
@@ -148,10 +151,10 @@ class Bnb8Store:
         codes, scale, _ = functional.int8_vectorwise_quant(value.to(old.device, torch.float16).contiguous())
         return self._made(old, codes, scale)
 
-    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+    def move(self, packed: Packed, change: Tensor, draw: Tensor, *, clip: bool = False) -> Packed:
         weight, scale = packed.tensors["weight"], packed.about["SCB"]
         by = in_units(change.float(), scale.float().unsqueeze(1) / 127)
-        return self._made(weight, stepped(weight.data, by, draw, -127, 127).to(torch.int8), scale)
+        return self._made(weight, stepped(weight.data, by, draw, -127, 127, clip=clip).to(torch.int8), scale)
 
     def _made(self, old: Any, codes: Tensor, scale: Tensor) -> Packed:
         made: Any = Int8Params(codes, requires_grad=False, has_fp16_weights=old.has_fp16_weights)

@@ -84,9 +84,9 @@ class _GridStore:
         q = (value.float().mT / scale + zero).round().clamp(0, 2 ** packed.about["bits"] - 1)
         return self._made(packed, q)
 
-    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
-        by = in_units(change.float().mT, self.grid(packed)[0])
-        return self._made(packed, stepped(self.codes(packed), by, draw.mT, 0, 2 ** packed.about["bits"] - 1))
+    def move(self, packed: Packed, change: Tensor, draw: Tensor, *, clip: bool = False) -> Packed:
+        by, highest = in_units(change.float().mT, self.grid(packed)[0]), 2 ** packed.about["bits"] - 1
+        return self._made(packed, stepped(self.codes(packed), by, draw.mT, 0, highest, clip=True))  # no other grid
 
     def _made(self, packed: Packed, q: Tensor) -> Packed:
         bits = packed.about["bits"]

@@ -7,7 +7,8 @@ if the way gone towards it is longer than the number's own draw u in (0, 1):
     level[k] <= v < level[k + 1]        code = k + [ (v - level[k]) / (level[k + 1] - level[k]) > u ]
 
 With u uniform the mean over draws is v itself, and v = level[k] gives k whatever u is. Here v, a change and a step are
-in units of the scale, which stays as it is: a change that leads well beyond the outermost levels has no place here.
+in units of the scale, which stays as it is: a number beyond the outermost levels is cut back to them. Where that loses
+a good part of all changes, the weight needs scales of its own.
 """
 
 from __future__ import annotations
@@ -15,34 +16,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: how far a number may be cut back at the ends of its grid, as a share of the grid's width
-CUT = 1 / 16
+#: how far a number may be cut back at the ends of its grid, as a share of the grid's width, and which share of all
+#: changes may lie further out: one number in a million must not decide for its weight
+CUT, LOST = 1 / 16, 1 / 64
 
 
 class BeyondGridError(ArithmeticError):
-    """A number would be cut back by more than `CUT`, so that the weight needs scales of its own."""
+    """More than `LOST` of the changes would be cut off further than `CUT`, or are not finite in units of the scale."""
 
 
-def _check(at: Tensor, lowest: float | Tensor, highest: float | Tensor) -> None:
+def _check(at: Tensor, change: Tensor, lowest: float | Tensor, highest: float | Tensor) -> None:
     cut = CUT * (highest - lowest)
-    if bool(((at > highest + cut) | (at < lowest - cut)).any()):
+    lost = (at - highest - cut).clamp(min=0).sum() + (lowest - cut - at).clamp(min=0).sum()
+    if not bool(lost <= LOST * change.abs().sum()) or not bool(lost.isfinite()):
         raise BeyondGridError
 
 
-def moved(code: Tensor, change: Tensor, draw: Tensor, levels: Tensor) -> Tensor:
+def moved(code: Tensor, change: Tensor, draw: Tensor, levels: Tensor, *, clip: bool = False) -> Tensor:
     """The codes after a change, all flat and of one length.
 
     Most changes are too small for any gap between two levels, which the smallest of them tells; only the rest is
     looked up.
 
+    Args:
+        clip: cut back whatever lies beyond the grid.
+
     Raises:
         BeyondGridError: as it says.
     """
     ordered, order = levels.sort()  # FP4's codes are not in the order of their numbers
-    ways = change / ordered.diff().min() - draw
-    some = ((ways < -1) | (ways > 0)).nonzero().view(-1)
+    gaps = ordered.diff()
+    ways = change / gaps[gaps > 0].min() - draw  # FP4 has two codes of zero
+    some = (~((ways >= -1) & (ways <= 0))).nonzero().view(-1)  # what is no number among them
     at = levels[code[some].int()] + change[some]
-    _check(at, ordered[0], ordered[-1])
+    if not clip:
+        _check(at, change, ordered[0], ordered[-1])
     low = (torch.bucketize(at, ordered, right=True) - 1).clamp_(0, len(levels) - 2)
     up = at - ordered[low] > draw[some] * (ordered[low + 1] - ordered[low])
     new = code.clone()
@@ -50,16 +58,17 @@ def moved(code: Tensor, change: Tensor, draw: Tensor, levels: Tensor) -> Tensor:
     return new
 
 
-def stepped(code: Tensor, change: Tensor, draw: Tensor, lowest: int, highest: int) -> Tensor:
+def stepped(code: Tensor, change: Tensor, draw: Tensor, lowest: int, highest: int, *, clip: bool = False) -> Tensor:
     """`moved` for levels that are whole numbers, of any shape, in float32."""
     at = code.float() + change
-    _check(at, lowest, highest)
+    if not clip:
+        _check(at, change, lowest, highest)
     return (at + (1 - draw)).floor_().clamp_(lowest, highest)
 
 
 def in_units(change: Tensor, scale: Tensor) -> Tensor:
-    """`change / scale`, broadcast; none where the scale is 0, which nothing can leave."""
-    return change * torch.where(scale == 0, 0.0, 1 / scale)
+    """`change / scale`, broadcast; no change is none in units of any scale, 0 too."""
+    return torch.where(change == 0, 0.0, change / scale)
 
 
 def in_blocks(change: Tensor, scale: Tensor, block: int) -> Tensor:

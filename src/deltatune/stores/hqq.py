@@ -56,7 +56,7 @@ class HqqStore:
         made = nn.Parameter(codes.to(packed.device), requires_grad=False)
         return Packed(self, {"W_q": made}, {**packed.about, "meta": meta})
 
-    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+    def move(self, packed: Packed, change: Tensor, draw: Tensor, *, clip: bool = False) -> Packed:
         from hqq.core.quantize import Quantizer
 
         meta = packed.about["meta"]
@@ -65,7 +65,7 @@ class HqqStore:
             return shifted
         q = self._codes(packed)  # (groups, n) if axis is 1, else (n, groups)
         by = in_units(change.float().reshape(q.shape), meta["scale"].float())
-        new = stepped(q, by, draw.reshape(q.shape), 0, round(2 ** meta["nbits"] - 1))
+        new = stepped(q, by, draw.reshape(q.shape), 0, round(2 ** meta["nbits"] - 1), clip=clip)
         words = Quantizer.pack[meta["packing"]](new.to(torch.uint8)) if meta["packing"] else new
         old = packed.tensors["W_q"]
         made = nn.Parameter(words.to(old.device).view(old.dtype), requires_grad=False)

@@ -147,10 +147,10 @@ def dequantize_nf4(q: Nf4) -> Tensor:
     return from_codes(index, scales(q), NF4, q.block).view(q.shape).to(q.dtype)
 
 
-def move_nf4(q: Nf4, change: Tensor, draw: Tensor) -> Nf4:
+def move_nf4(q: Nf4, change: Tensor, draw: Tensor, *, clip: bool = False) -> Nf4:
     """The weight after a change of its shape, on the scales it has; see `grid`."""
     by = in_blocks(change.float(), scales(q), q.block)
-    index = moved(unpack(q.packed, q.shape.numel()), by, draw.reshape(-1), NF4.to(by.device))
+    index = moved(unpack(q.packed, q.shape.numel()), by, draw.reshape(-1), NF4.to(by.device), clip=clip)
     return replace(q, packed=pack(index))
 
 

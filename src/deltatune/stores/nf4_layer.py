@@ -192,9 +192,9 @@ class Nf4Store:
         q = quantize_nf4(value.to(self.dtype(packed)), packed.about["block"], double="offset" in packed.tensors)
         return as_packed(q)
 
-    def move(self, packed: Packed, change: Tensor, draw: Tensor) -> Packed:
+    def move(self, packed: Packed, change: Tensor, draw: Tensor, *, clip: bool = False) -> Packed:
         about: dict[str, Any] = {**packed.tensors, **packed.about}
-        return as_packed(move_nf4(Nf4(**about), change, draw))
+        return as_packed(move_nf4(Nf4(**about), change, draw, clip=clip))
 
     def gather(self, layer: Any) -> Packed:
         return as_packed(layer.numbers)
