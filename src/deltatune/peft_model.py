@@ -189,12 +189,15 @@ class BaseTuner(nn.Module):
         Raises:
             CannotMergeError: an adapter has no equivalent weight.
         """
-        from deltatune.stores.dense import dequantize_model
+        from deltatune.stores.dense import dequantize_model, keep_savable
 
         same = self._same(into, rounding)
         self.adapters.merge(adapter_names or self.active_adapters, safe=safe_merge, same=same, for_good=True)
         base = self.adapters.remove_all()
-        return base if same is not None else dequantize_model(base)
+        if same is None:
+            return dequantize_model(base)
+        keep_savable(base)
+        return base
 
     def _same(self, into: str, rounding: str | None) -> Rounding | None:
         if into not in ("dense", "same"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import Linear, Sequential
 
+from deltatune import LoraConfig, get_peft_model
 from deltatune.core.bank import Bank
 from deltatune.core.edits import Delta
-from deltatune.errors import DeltatuneError
+from deltatune.errors import ConfigError, DeltatuneError
+from deltatune.stores.nf4_layer import Nf4Linear
 from laws import METHOD_NAMES, QUANTISED, make, shake
 
 KIND = next(kind for kind in QUANTISED if kind.name == "linear_nf4")
@@ -44,6 +47,16 @@ def test_live_is_what_a_merge_leaves(method, rounding):
         assert torch.allclose(model(x), live, atol=2e-5)
         model.unmerge_adapter()
         assert torch.allclose(model(x), live, atol=2e-5)
+
+
+def test_an_adapter_with_dropout_is_refused_later_too():
+    model = get_peft_model(Sequential(Nf4Linear.of(Linear(64, 64))), LoraConfig(r=2, target_modules=["0"]))
+    model.set_merge_aware()
+    with pytest.raises(ConfigError, match=r"lora_dropout=0.1 has no input to act on; set lora_dropout=0"):
+        model.add_adapter("late", LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1))
+    assert list(model.peft_config) == ["default"]
+    model.set_merge_aware(False)
+    model.add_adapter("late", LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1))
 
 
 def test_most_methods_are_here():

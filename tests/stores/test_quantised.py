@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -117,7 +118,8 @@ def test_dither_keeps_small_changes_in_the_mean_and_nothing_else(kind):
     assert all(torch.equal(a, b) for a, b in zip(before, stored(layer), strict=True))
     mid = torch.where(base.abs() < 0.03, -base, 0.0)  # steps across the middle of the grid
     assert float((store.load(store.move(weight, mid, draw)).float() - base - mid).abs().max()) < 0.06
-    with pytest.raises(BeyondGridError):
+    own = kind in ("gptq", "awq")  # their grid stays, so numbers are cut back to it
+    with contextlib.nullcontext() if own else pytest.raises(BeyondGridError):
         store.move(weight, torch.randn_like(base) * 50, draw)
     assert all(torch.equal(a, b) for a, b in zip(before, stored(layer), strict=True))
 

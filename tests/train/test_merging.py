@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -156,8 +157,12 @@ def test_merging_into_few_bits_reports_what_it_costs(run: Path, tmp_path: Path) 
     assert 1e-4 < done.difference.mean < done.difference.max
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config
     assert config.quantization_config.load_in_4bit
-    with pytest.raises(ValueError, match="no few-bit storage to merge into: name one with --quantization"):
-        merge(find_target(str(run)), tmp_path / "again", into="same")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "The weights are quantised (native);" in card
+    assert "Stored as native" in card
+    for asked in (None, "none"):
+        with pytest.raises(ValueError, match="no few-bit storage to merge into: name one with --quantization"):
+            merge(find_target(str(run)), tmp_path / "again", into="same", quantization=asked)
     assert not (tmp_path / "again").exists()
 
 
@@ -196,7 +201,13 @@ def test_a_quantised_run_trains_merge_aware_and_merges_to_what_it_trained(tmp_pa
         assert type(dense.model.layers[0].self_attn.q_proj) is torch.nn.Linear
         with torch.no_grad():
             torch.testing.assert_close(dense(IDS).logits, wanted, atol=1e-5, rtol=1e-5)
+    merge_stream(target, tmp_path / "plain", quantization="none")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "The weights are of the types that the base's files have;" in card
     plain = load(target, dtype="float32", quantization="none").model
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(dense(IDS).logits, plain(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
     assert type(plain.get_base_model().model.layers[0].self_attn.q_proj) is not Nf4Linear
     assert plain.adapters.plan.rounding is None
     done = merge(target, tmp_path / "nearest", into="same", dtype="float32", rounding="nearest")
@@ -224,3 +235,27 @@ def test_merge_aware_from_a_share_of_the_steps_on() -> None:
     assert model.adapters.plan.rounding == Rounding("nearest")
     assert TrainSpec(merge_aware=True).merge_aware == MergeAware()  # type: ignore[arg-type]
     assert TrainSpec(merge_aware=False).merge_aware is None  # type: ignore[arg-type]
+
+
+def test_a_base_whose_files_are_quantised_already(tmp_path: Path) -> None:
+    """transformers reads bitsandbytes' files by a step that it cannot take back, and so does not save such a model."""
+    from deltatune.train.streaming import too_large
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    base = AutoModelForCausalLM.from_pretrained(write_base(tmp_path / "dense", **sizes))
+    quantize_model(base)
+    shutil.copytree(tmp_path / "dense", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    merging.write_model(base, tmp_path / "base", "5GB")
+    target = find_target(str(write_run(tmp_path / "run", tmp_path / "base")))
+    live = load(target, dtype="float32").model.train()  # in inference bitsandbytes rounds its scales
+    wanted = live(input_ids=IDS).logits.detach()
+    merge(target, tmp_path / "merged", dtype="float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert merge(target, tmp_path / "same", into="same", dtype="float32").dtype == "bitsandbytes"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "same").config.quantization_config.load_in_4bit
+    with pytest.raises(ValueError, match=r"are quantised \(bitsandbytes\) already; merge without --stream"):
+        merge_stream(target, tmp_path / "streamed")
+    assert not too_large(target)

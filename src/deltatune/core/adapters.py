@@ -24,7 +24,7 @@ from deltatune.core.copies import ModuleCopy
 from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit, Slot
 from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_paths, unhost
 from deltatune.core.plan import BASE, Plan, RowPlan, State
-from deltatune.core.rounding import Rounding
+from deltatune.core.rounding import Rounding, refuse_dropout
 from deltatune.core.sites import Site, base_modules, saved_modules, standing
 from deltatune.core.weights import WeightRef, is_computed
 from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, TargetError, hint
@@ -97,6 +97,8 @@ class AdapterSet:
         self.check_new_name(name)
         if not isinstance(config, TargetedConfig):
             raise ConfigError(f"{type(config).__name__} gives no edits; a method's configuration is needed")
+        if self.plan.rounding is not None:
+            refuse_dropout(config)
         undo = config.prepare(self.root)
         with standing(self.root):
             modules = Modules(self.root)
@@ -431,12 +433,7 @@ class AdapterSet:
                     "load it with load_in_4bit or load_in_8bit, or leave merge_aware out"
                 )
             for config in self.configs.values():
-                for name, chance in vars(config).items():
-                    if name.endswith("dropout") and chance:
-                        raise ConfigError(
-                            f"merge-aware training folds the adapter into the weight, so {name}={chance} has no input "
-                            f"to act on; set {name}=0"
-                        )
+                refuse_dropout(config)
             with torch.no_grad():
                 for store in {type(d.ref.store): d for d in deltas}.values():
                     how.write(store.ref, store.ref.store.load(store.ref.param))

@@ -160,6 +160,16 @@ class _Apart(Delta):
         return self.delta.apart(x)
 
 
+def refuse_dropout(config: Any) -> None:
+    """Raises ConfigError for an adapter that drops inputs at random, which a rounded weight has none of."""
+    for name, chance in vars(config).items():
+        if name.endswith("dropout") and chance:
+            raise ConfigError(
+                f"merge-aware training folds the adapter into the weight, so {name}={chance} has no input to act on; "
+                f"set {name}=0"
+            )
+
+
 def join(edits: Sequence[Edit], how: Rounding) -> list[Edit]:
     """The edits with those of every quantised weight put together as one `Rounded`; others stay as they are."""
     groups: dict[tuple[int, str], list[Delta]] = {}

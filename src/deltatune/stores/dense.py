@@ -42,8 +42,27 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     return model
 
 
+def keep_savable(model: nn.Module) -> None:
+    """Drops what transformers did to tensors in reading quantised files and cannot undo in writing.
+
+    The state dict of such layers is what the files hold, so that there is nothing to undo.
+    """
+    done = model.__dict__.get("_weight_conversions")
+    if done:
+        model._weight_conversions = [step for step in done if _turns_back(step)]  # type: ignore[assignment]
+
+
+def _turns_back(step: Any) -> bool:
+    try:
+        step.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _unmark(model: nn.Module) -> None:
     """Nothing may tell transformers that the model is quantised still."""
+    keep_savable(model)
     for name in FLAGS:
         model.__dict__.pop(name, None)
     config = getattr(model, "config", None)

@@ -200,6 +200,12 @@ def trained_on(target: Target) -> str | None:
     return recipe.get("quantization")
 
 
+def storage(target: Target, asked: str | None) -> str | None:
+    """The quantisation to load a base in: what is asked for, else what an adapter was trained on; `"none"` is none."""
+    found = asked or (trained_on(target) if target.adapter is not None else None)
+    return None if found == "none" else found
+
+
 def merge_aware(target: Target) -> Rounding | None:
     """How the run of an adapter rounded its merged weights, if it was trained merge-aware."""
     from deltatune.core.rounding import Rounding
@@ -231,9 +237,7 @@ def load(
 
     hush()
     resolved = resolve_model(target.base, revision=target.revision)
-    if target.adapter is not None:
-        quantization = quantization or trained_on(target)
-    quantization = None if quantization == "none" else quantization
+    quantization = storage(target, quantization)
     base = _load_base(target, resolved, dtype, quantization, device)
     tokenizer = _load_tokenizer(target, resolved)
     if target.adapter is None:

@@ -13,8 +13,8 @@ import torch
 
 from deltatune.train.files import staged_directory, write_text
 from deltatune.train.generation import device_of
-from deltatune.train.loading import Loaded, Target, hush, load, read_config, trained_on
-from deltatune.train.models import resolve_model
+from deltatune.train.loading import Loaded, Target, hush, load, read_config, storage
+from deltatune.train.models import quantised_by, resolve_model
 
 if TYPE_CHECKING:
     from deltatune.train.models import ResolvedModel
@@ -101,8 +101,9 @@ def merge(
     check_output(output, target.adapter, resolved, overwrite)
     stored = stored_dtype(resolved)
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
-    quantization = quantization or trained_on(target)
-    _check_into(into, quantization, target)
+    quantization = storage(target, quantization)
+    few = quantization or quantised_by(resolved)
+    _check_into(into, few, target)
     # Rounded once: in the stored type if it stays, else by way of fp32.
     loaded_in = wanted if into == "same" else stored if wanted == stored else torch.float32
     model, tokenizer, before = _fold(target, loaded_in, prompts, device, quantization, into, rounding)
@@ -116,9 +117,9 @@ def merge(
         difference = _compare(before, staging, target, _name(wanted), device) if before else None
         if into == "dense":  # rounding to few bits may cost the adapter; that is reported, not refused
             _check_kept(difference, _name(wanted), target)
-        write_text(staging / "README.md", model_card(target, resolved, _name(wanted), difference))
-    storage = _name(wanted) if into == "dense" else str(quantization)
-    return Merged(output, resolved.name, target.adapter, storage, size_of(output), difference)
+        kept = _name(wanted) if into == "dense" else str(few)
+        write_text(staging / "README.md", model_card(target, resolved, kept, difference, few=into == "same"))
+    return Merged(output, resolved.name, target.adapter, kept, size_of(output), difference)
 
 
 def _check_into(into: str, quantization: str | None, target: Target) -> None:
@@ -126,8 +127,8 @@ def _check_into(into: str, quantization: str | None, target: Target) -> None:
         raise ValueError(f'into must be "dense" or "same", not {into!r}')
     if into == "same" and quantization is None:
         raise ValueError(
-            f"{target.name} was not trained on a quantised base as far as its recipe tells, so there is no few-bit "
-            "storage to merge into: name one with --quantization, or leave --into out"
+            f"{target.name} was not trained on a quantised base as far as its recipe and the options tell, so there is "
+            "no few-bit storage to merge into: name one with --quantization, or leave --into out"
         )
 
 
@@ -158,9 +159,20 @@ def _fold(
     into: str,
     rounding: str | None,
 ) -> tuple[Any, Any, _Before | None]:
-    loaded = load(target, dtype=_name(dtype), device=device, quantization=quantization)
+    loaded = load(target, dtype=_name(dtype), device=device, quantization=quantization or "none")
+    _keep_scales(loaded.model)
     before = _look(loaded, prompts) if prompts else None
     return loaded.model.merge_and_unload(into=into, rounding=rounding), loaded.tokenizer, before
+
+
+def _keep_scales(model: Any) -> None:
+    """bitsandbytes' 4-bit layers round their scales to bfloat16 for good at the first inference on some CPUs: not here.
+
+    A look at the model before it is merged would change what is merged.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _look(loaded: Loaded, prompts: Sequence[str]) -> _Before:
@@ -263,8 +275,14 @@ def check_space(output: Path, need: int) -> None:
         )
 
 
-def model_card(target: Target, resolved: ResolvedModel, dtype: str, difference: Difference | None) -> str:
-    """README.md of a merged model: what it was made of and how near it is to the live adapter."""
+def model_card(
+    target: Target, resolved: ResolvedModel, dtype: str | None, difference: Difference | None, *, few: bool = False
+) -> str:
+    """README.md of a merged model: what it was made of and how near it is to the live adapter.
+
+    Args:
+        dtype: of the weights, or the storage that they are quantised in if `few`; None for those of the base's files.
+    """
     assert target.adapter is not None
     config = read_config(target.adapter)
     front = ["---", "library_name: transformers", "tags:", "- deltatune", "- merged"]
@@ -275,17 +293,19 @@ def model_card(target: Target, resolved: ResolvedModel, dtype: str, difference: 
         front.insert(1, f"license: {resolved.licence.lower()}")
     method = config.get("peft_type", "adapter")
     rank = f" of rank {config['r']}" if "r" in config else ""
+    weights = "of the types that the base's files have" if dtype is None else f"plain {dtype}"
+    weights = f"quantised ({dtype})" if few else weights
     body = [
         f"# {Path(target.name).name}, merged",
         "",
         f"A {method} adapter{rank} (`{target.name}`) folded into `{resolved.name}` by `deltatune merge`.",
-        f"The weights are plain {dtype}; no adapter library is needed to load them.",
+        f"The weights are {weights}; no adapter library is needed to load them.",
         "",
         "## Merge",
         "",
         f"- Base: {resolved.source}",
         f"- Method: {method}{rank}, target modules: {_targets(config)}",
-        f"- Stored as {dtype}, added in float32 and rounded once",
+        f"- Stored as {'in the files of the base' if dtype is None else dtype}, added in float32 and rounded once",
         *_difference_lines(difference),
     ]
     if resolved.citation:

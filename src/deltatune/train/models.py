@@ -181,16 +181,21 @@ def check_backend(resolved: ResolvedModel) -> None:
     Raises:
         ModelError: that package is not installed; says how to install it.
     """
+    method = quantised_by(resolved)
+    package, install = BACKENDS.get(str(method), ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise ModelError(f"{resolved.name} is quantised by {method}, which needs {package}; run: pip install {install}")
+
+
+def quantised_by(resolved: ResolvedModel) -> str | None:
+    """What the files of a model are quantised by, as their configuration says; None for ordinary weights."""
     from transformers import AutoConfig
 
     config = getattr(_pretrained(AutoConfig, resolved), "quantization_config", None)
+    if config is None:
+        return None
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    package, install = BACKENDS.get(str(getattr(method, "value", method)), ("", ""))
-    if package and importlib.util.find_spec(package) is None:
-        raise ModelError(
-            f"{resolved.name} is quantised by {getattr(method, 'value', method)}, which needs {package}; "
-            f"run: pip install {install}"
-        )
+    return str(getattr(method, "value", method))
 
 
 def _first_line(error: Exception) -> str:

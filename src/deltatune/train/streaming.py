@@ -27,9 +27,9 @@ from deltatune.core import fingerprint
 from deltatune.core.rounding import Rounding
 from deltatune.errors import BaseMismatchError
 from deltatune.train.files import STAGING, write_json, write_text
-from deltatune.train.loading import Target, hush, merge_aware, read_config, trained_on
+from deltatune.train.loading import Target, hush, merge_aware, read_config, storage
 from deltatune.train.merging import MARGIN, Merged, check_output, check_space, model_card, size_of
-from deltatune.train.models import resolve_model
+from deltatune.train.models import quantised_by, resolve_model
 
 STATE = "deltatune_merge.json"
 INDEX = "model.safetensors.index.json"
@@ -92,7 +92,10 @@ def merge_stream(
     resolved = resolve_model(target.base, revision=target.revision)
     source = local_files(resolved)
     check_output(output, target.adapter, resolved, overwrite)
-    quantization = quantization or trained_on(target)
+    method = quantised_by(resolved)
+    if method is not None:
+        raise ValueError(f"the files of {resolved.name} are quantised ({method}) already; merge without --stream")
+    quantization = storage(target, quantization)
     if quantization not in (None, "4bit", "nf4", "native"):
         raise ValueError(f"a base in {quantization} cannot be rounded tensor by tensor; merge without --stream")
     wanted = None if dtype == "auto" else getattr(torch, dtype)
@@ -110,7 +113,7 @@ def merge_stream(
         write_shard(shard, staging / shard.path.name, folder)
     _finish(staging, output, source, shards, wanted, changes)
     name = "as stored" if wanted is None else dtype
-    write_text(output / "README.md", model_card(target, resolved, name, None))
+    write_text(output / "README.md", model_card(target, resolved, None if wanted is None else dtype, None))
     return Merged(output, resolved.name, target.adapter, name, size_of(output), None)
 
 
@@ -363,8 +366,9 @@ def too_large(target: Target) -> bool:
     if target.adapter is None or read_config(target.adapter).get("task_type") not in (None, "CAUSAL_LM"):
         return False
     try:
-        folder = Path(str(resolve_model(target.base, revision=target.revision).path))
+        resolved = resolve_model(target.base, revision=target.revision)
+        folder = Path(str(resolved.path))
     except (OSError, ValueError):
         return False
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return size > psutil.virtual_memory().available / 2
+    return size > psutil.virtual_memory().available / 2 and quantised_by(resolved) is None
