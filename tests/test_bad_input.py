@@ -289,3 +289,16 @@ def test_a_model_and_a_configuration_in_this_order():
         get_peft_model(LoraConfig(), torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="not list and LoraConfig"):
         get_peft_model(["fc"], LoraConfig())
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_tensors_of_a_file_are_on_the_device_that_was_asked_for(order, tmp_path, monkeypatch):
+    """A default device says nothing about where a file's bytes go."""
+    tensors = {"a": torch.randn(3, 2), "empty": torch.empty(0, 4), "number": torch.tensor(2.5, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr(files.sys, "byteorder", order)
+    assert (files._read_floats(tmp_path / "x.safetensors") is None) == (order == "big")
+    monkeypatch.setattr(files.sys, "byteorder", "little")
+    with torch.device("meta"):
+        found, _ = files.read_tensors(tmp_path / "x.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())

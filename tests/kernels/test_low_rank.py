@@ -321,3 +321,69 @@ def test_shared_inputs_have_the_right_second_path():
     inputs = (x, *pairs[0], cs[0], *pairs[1], cs[1])
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradcheck(lambda *args: run(*args)[1], inputs)
+
+
+class Scaled(nn.Module):
+    """Changes what its layers give in place, as models with `nn.ReLU(inplace=True)` do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(12, 10), nn.Linear(12, 10), nn.Linear(10, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x)
+        k = self.k(x)
+        q *= 0.5
+        return torch.relu_(self.out(q * k.add_(1)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("fused", {}), ("fused", {"lora_dropout": 1e-12}), ("lean", {"use_dora": True})],
+    ids=["lora", "dropout", "dora"],
+)
+def test_outputs_may_be_changed_in_place(mode, options, calls):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q", "k", "out"], init_lora_weights=False, **options)
+    model = get_peft_model(Scaled().double(), config).train()
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    with kernels.use("plain"):
+        expected = gradients(model, x)
+    assert not calls
+    with kernels.use(mode):
+        found = gradients(model, x)
+    assert len(calls) == 3
+    for one, two in zip(expected, found, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-10)
+
+
+def test_an_output_that_magnitudes_need_says_so_when_it_was_changed():
+    torch.manual_seed(0)
+    model = get_peft_model(Scaled(), LoraConfig(r=4, target_modules=["q", "k", "out"], use_dora=True)).train()
+    with pytest.raises(RuntimeError, match=r'changed in place.*kernels\.use\("lean"\)'):
+        model(torch.randn(3, 12)).sum().backward()
+
+
+def test_an_output_made_ahead_is_not_used_after_a_step():
+    model = adapted()
+    net = model.base_model.model
+    x = torch.randn(3, 12, dtype=torch.float64)
+    before = net.k(x)
+    net.q(x)
+    with torch.no_grad():
+        for p in net.k.parameters():
+            if p.requires_grad:
+                p.mul_(2)
+    after = net.k(x)
+    assert not torch.allclose(after, before)
+    assert torch.allclose(after, net.k(x))
+
+
+def test_a_layer_that_is_not_called_gets_no_gradient():
+    model = adapted()
+    net = model.base_model.model
+    net.q(torch.randn(3, 12, dtype=torch.float64)).sum().backward()
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == {
+        "q.lora_A.default.weight",
+        "q.lora_B.default.weight",
+    }

@@ -1,5 +1,7 @@
 """Generation: a call that was worked out at the first token equals the ordinary one."""
 
+from concurrent import futures
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +107,19 @@ def test_weights_are_read_again_in_the_next_generation():
         after = model(x)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, model(x))
+
+
+def test_generations_of_several_threads_end_one_by_one():
+    """Whichever ends last, nothing that was worked out stays."""
+    plan = adapted().adapters.plan
+    with futures.ThreadPoolExecutor(1) as other:
+        theirs = plan.steady()
+        with plan.steady():
+            assert not other.submit(lambda: plan.is_steady).result()
+            other.submit(theirs.__enter__).result()
+            assert plan.is_steady
+        assert not plan.is_steady
+        assert other.submit(lambda: plan.is_steady).result()
+        other.submit(theirs.__exit__, None, None, None).result()
+        assert not other.submit(lambda: plan.is_steady).result()
+    assert not plan.is_steady

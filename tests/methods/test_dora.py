@@ -238,3 +238,18 @@ def test_the_norm_follows_the_base(how):
         layer.weight = nn.Parameter(new, requires_grad=False)
     expected = F.linear(x, delta.merged(layer.weight), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(2000, 6), (6, 2000)])
+@pytest.mark.parametrize("axis", [0, 1], ids=["row", "column"])
+def test_the_norm_follows_one_row_or_column_that_is_written_through_data(n_in, n_out, axis):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(n_in, n_out))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False))
+    delta = model.adapters.edits["default"][0]
+    weight = model.get_base_model()[0].weight
+    for i in range(1, weight.shape[axis], max(1, weight.shape[axis] // 7)):
+        delta._norm()
+        weight.data.select(axis, i).fill_(3)
+        expected = delta.pair.merged(weight).norm(dim=1)
+        assert torch.allclose(delta._norm(), expected, rtol=1e-4)

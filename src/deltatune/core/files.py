@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,7 +142,10 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
 
 def _read_floats(path: Path) -> dict[str, Tensor] | None:
     """The tensors of a file that safetensors has found whole, each read into memory of its own; None if there are
-    others than floats. Copying them from the mapped file takes three times as long: every page of it is a fault."""
+    others than floats, or this machine has another order of bytes. Copying them from the mapped file takes three times
+    as long: every page of it is a fault."""
+    if sys.byteorder != "little":
+        return None
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         header.pop("__metadata__", None)
@@ -149,7 +153,7 @@ def _read_floats(path: Path) -> dict[str, Tensor] | None:
             return None
         tensors = {}
         for key, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):  # the format has no gaps
-            tensors[key] = torch.empty(about["shape"], dtype=FLOATS[about["dtype"]])
+            tensors[key] = torch.empty(about["shape"], dtype=FLOATS[about["dtype"]], device="cpu")
             if tensors[key].numel():
                 file.readinto((ctypes.c_char * tensors[key].nbytes).from_address(tensors[key].data_ptr()))
     return tensors

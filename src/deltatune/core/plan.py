@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from deltatune.core.rounding import Rounding
 
 T = TypeVar("T")
+
+#: plans of this thread whose weights do not change now -> what was computed from them; see `Plan.steady`
+_STEADY: ContextVar[dict[Plan, dict[Hashable, Any]] | None] = ContextVar("deltatune_steady", default=None)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,6 @@ class Plan:
         self.tasks: torch.Tensor | None = None
         #: outputs made before their modules are called; see `deltatune.core.together`
         self.ahead: dict[int, Any] = {}
-        self._memo: dict[Hashable, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ahead": {}}  # parts of a graph, which cannot be copied
@@ -163,25 +166,32 @@ class Plan:
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
         """Runs the body under the promise that no weight changes in it (a generation), so that edits may keep
-        what they compute from weights alone; see `remember`."""
-        outer, self._memo = self._memo, {} if self._memo is None else self._memo
+        what they compute from weights alone; see `remember`. Other threads promise for themselves."""
+        outer = _STEADY.get() or {}
+        token = _STEADY.set({self: {}, **outer})
         try:
             yield
         finally:
-            self._memo = outer
+            _STEADY.reset(token)
+
+    @property
+    def _memo(self) -> dict[Hashable, Any] | None:
+        plans = None if torch.compiler.is_compiling() else _STEADY.get()
+        return None if plans is None else plans.get(self)
 
     @property
     def is_steady(self) -> bool:
         """Whether `remember` keeps anything now."""
-        return self._memo is not None and not torch.compiler.is_compiling()
+        return self._memo is not None
 
     def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()`, or within `steady` its first result for this key."""
-        if self._memo is None or torch.compiler.is_compiling():
+        memo = self._memo
+        if memo is None:
             return compute()
-        if key not in self._memo:
-            self._memo[key] = compute()
-        return cast(T, self._memo[key])
+        if key not in memo:
+            memo[key] = compute()
+        return cast(T, memo[key])
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

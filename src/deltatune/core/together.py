@@ -1,7 +1,8 @@
 """Linear layers that read the same input, called one after the other, run as one at the first of them.
 
 Which layers those are is read from the source of the module above them when an adapter is attached. It is a guess that
-each call checks: an output made ahead is used only for the very input it was made for, unchanged, in the same state.
+each call checks: an output made ahead is used only for the very input it was made for, with the adapter's tensors, all
+unchanged, in the same state.
 """
 
 from __future__ import annotations
@@ -36,25 +37,32 @@ def run(host: Any, edit: Edit, state: State, x: Tensor) -> Tensor | None:
     if not kernels.possible() or not torch.is_grad_enabled():
         return None
     held = host.plan.ahead.pop(id(host), None)
-    if held is not None and held[0] is x and held[1] == x._version and held[2] is state:
+    if held is not None and held[0] is x and held[1] is state and held[2] == _versions(x, edit):
         made: Tensor = held[3]
         return made
     others = host.__dict__.get(ATTRIBUTE)
     if not others or type(x) is not Tensor or x.is_inference():
         return None
     first = edit.layer(x)
-    found = [(other, layer) for other in others if (layer := _layer(other, state, x)) is not None]
+    found = [(other, *plain) for other in others if (plain := _plain(other, state, x)) is not None]
     if first is None or not found:
         return None
-    y, *ys = low_rank_linears(x, [first, *(layer for _, layer in found)])
+    y, *ys = low_rank_linears(x, [first, *(layer for *_, layer in found)])
     ahead = zip(found, ys, strict=True)
-    host.plan.ahead = {id(other): (x, x._version, state, its) for (other, _), its in ahead}
+    host.plan.ahead = {id(other): (x, state, _versions(x, its), made) for (other, its, _), made in ahead}
     return y
 
 
-def _layer(host: Any, state: State, x: Tensor) -> Layer | None:
+def _plain(host: Any, state: State, x: Tensor) -> tuple[Edit, Layer] | None:
     """What a later host of the group will do with the same input, if it is plain enough to be done now."""
     if "_edits" not in host.__dict__ or host._forward_pre_hooks or host._backward_pre_hooks:
         return None
     edits = host.edits_of(state.names)
-    return edits[0].layer(x) if len(edits) == 1 else None
+    layer = edits[0].layer(x) if len(edits) == 1 else None
+    return None if layer is None else (edits[0], layer)
+
+
+def _versions(x: Tensor, edit: Edit) -> list[int]:
+    """Changes when the input or a tensor of the edit does."""
+    tensors = [x, *(slot.weight for slot in edit.slots)]
+    return [0 if t.is_inference() else t._version for t in tensors]  # those of inference mode count none

@@ -77,14 +77,38 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     h = F.linear(dropped.reshape(rows.shape).to(dtype), a.to(dtype))  # (T, r)
     if y is not None:
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, b.mT, alpha=scale).view(y.shape), h
+        return own_shape(torch.addmm(y.reshape(-1, y.shape[-1]), h, b.mT, alpha=scale), x), h
     assert w is not None
     out = _linear(w, rows, bias if c is None else None, h, b, scale)
     if c is not None:
         out.mul_(c.to(dtype))
         if bias is not None:
             out.add_(bias)
-    return out.view(*x.shape[:-1], -1), h
+    return own_shape(out, x), h
+
+
+def own_shape(rows: Tensor, x: Tensor) -> Tensor:
+    """The output `(T, out)` in the shape of the input. It is no view for autograd, which forbids operations in place
+    (`nn.ReLU(inplace=True)`) on views that a node returns; nobody else may hold `rows`."""
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
+
+
+def saved(ctx: Any) -> tuple[Any, ...]:
+    """What a node has kept for backward.
+
+    Raises:
+        RuntimeError: the output was changed in place, and the gradient of the magnitudes is worked out from it.
+    """
+    try:
+        return tuple(ctx.saved_tensors)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "the output of an adapted layer with a magnitude, or a tensor of an adapter, was changed in place before "
+            'backward; for outputs (nn.ReLU(inplace=True)), run forward under deltatune.kernels.use("lean"), '
+            f"which does not keep them ({error})"
+        ) from error
 
 
 def _linear(w: Tensor | Product, x: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, s: float) -> Tensor:
@@ -127,7 +151,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, c, h, out, bias = ctx.saved_tensors
+        x, w, a, b, c, h, out, bias = saved(ctx)
         w = w if ctx.product is None else ctx.product
         s, p, seed = ctx.numbers
         shape, x_dtype, device = ctx.like

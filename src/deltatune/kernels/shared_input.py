@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltatune import kernels
-from deltatune.kernels.low_rank import grad_of_c
+from deltatune.kernels.low_rank import grad_of_c, own_shape, saved
 
 
 @dataclass
@@ -61,16 +61,17 @@ class _LowRankLinears(torch.autograd.Function):
         outs = [_output(rows, layer, part) for layer, part in zip(layers, _parts(h, layers), strict=True)]
         need_c = [ctx.needs_input_grad[6 + 5 * i] for i in range(len(layers))]
         need_x = any(need_c) or any(ctx.needs_input_grad[4 + 5 * i] for i in range(len(layers)))
+        outs = [own_shape(out, x) for out in outs]
         kept = [out if need and not lean else None for out, need in zip(outs, need_c, strict=True)]
         ctx.save_for_backward(x if need_x else None, h, *tensors, *kept)
         ctx.scales, ctx.like = scales, (x.shape, x.dtype)
         ctx.set_materialize_grads(False)
-        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, *rest = ctx.saved_tensors
+        x, h, *rest = saved(ctx)
         n = len(dys)
         layers, outs = _layers(rest[: 5 * n], ctx.scales), rest[5 * n :]
         shape, dtype = ctx.like
@@ -101,8 +102,8 @@ class _LowRankLinears(torch.autograd.Function):
         dh = torch.cat(dhs, -1)
         if need_a:
             assert x is not None
-            for grad, layer, da in zip(grads, layers, _parts(dh.mT @ x, layers, 0), strict=True):
-                grad[2] = da.to(layer.a.dtype)
+            for grad, layer, dy, da in zip(grads, layers, dys, _parts(dh.mT @ x, layers, 0), strict=True):
+                grad[2] = None if dy is None else da.to(layer.a.dtype)
         if dx is not None:
             dx = dx.addmm_(dh, torch.cat([layer.a.to(dtype) for layer in layers])).view(shape)
         return dx, None, *(t for grad in grads for t in grad)

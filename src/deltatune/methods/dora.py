@@ -30,9 +30,6 @@ from deltatune.inits import Start
 from deltatune.kernels.shared_input import Layer
 from deltatune.methods.lora import LoraDelta
 
-#: how many numbers of a weight tell that it is still the one that was measured
-SAMPLES = 256
-
 
 class DoraDelta(Delta):
     """LoRA's pair of factors and `lora_magnitude_vector`, one number per output row. Arguments as `LoraDelta`."""
@@ -137,16 +134,18 @@ class DoraDelta(Delta):
 
     def _square(self, w: Tensor) -> Tensor:
         """‖W‖² per row. On a CPU, where reading W again costs most, it is kept while the parameter is the same tensor
-        of the same version and a few of its numbers, too, are what they were (writing through `.data` has none)."""
+        of the same version and a number of every row and column, too, is what it was (writing through `.data` counts
+        as no version)."""
         if w.device.type != "cpu" or torch.compiler.is_compiling():
             return _square(w)
         param: Any = self.ref.param
         plain = type(param) is nn.Parameter and type(param.data) is Tensor and not param.is_inference()
         if not plain:
             return _square(w)
-        key, some = (id(param), param._version, param.dtype), w.reshape(-1)[:: max(1, w.numel() // SAMPLES)]
+        key, i = (id(param), param._version, param.dtype), torch.arange(max(w.shape[-2:]))
+        some = w[..., i % w.shape[-2], i % w.shape[-1]]
         if self._kept is None or self._kept[0] != key or not torch.equal(self._kept[1], some):
-            self._kept = key, some.clone(), _square(w)
+            self._kept = key, some, _square(w)
         return self._kept[2]
 
 
