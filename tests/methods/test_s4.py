@@ -97,5 +97,7 @@ def test_what_is_refused():
         get_peft_model(MAKE["llama"](), S4Config(budget=100))
     with pytest.raises(ConfigError, match="'lorra', which is not one of .*did you mean 'lora'"):
         S4Config(methods=[["lorra"]])
+    with pytest.raises(ConfigError, match=r"as \[2, 4, 4, 2\], not 2"):
+        S4Config(groups=2)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="S4 finds its places by layers"):
         S4Config(target_modules=["q_proj"])

@@ -143,6 +143,8 @@ class S4Config(StructuredConfig):
                 raise ConfigError(
                     f"methods names {name!r}, which is not one of {', '.join(METHODS)}{hint(name, METHODS)}"
                 )
+        if self.groups is not None and not isinstance(self.groups, list | tuple):
+            raise ConfigError(f"groups is how many layers each group has, as [2, 4, 4, 2], not {self.groups!r}")
         if self.groups and len(self.groups) != len(self.methods or GROUPS):
             raise ConfigError(
                 f"groups has {len(self.groups)} numbers for {len(self.methods or GROUPS)} lists of methods"
