@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -119,3 +121,80 @@ def test_numbers_read_the_same_after_inference(kind):
     for _ in range(2):  # their scales are bfloat16 then: 8 bits of precision
         assert torch.allclose(store.load(net.layer.weight), before, atol=2**-7 * float(before.abs().max()))
         net(torch.randn(2, 3, 64))
+
+
+FOUR = {
+    "nf4": {"quant_type": "nf4", "compress_statistics": True},
+    "nf4_single": {"quant_type": "nf4", "compress_statistics": False},
+    "fp4_single": {"quant_type": "fp4", "compress_statistics": False},
+}
+
+
+def four(kind: str) -> Net:
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, **FOUR[kind])
+    net = Net(layer)
+    net.head = nn.Linear(64, 5)
+    return net.to("cpu").eval()
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_an_evaluation_leaves_the_weight_and_its_gradients(kind):
+    """bitsandbytes 0.50 repacks its weights in inference on some processors, and no gradient passes them then."""
+    net = four(kind)
+    store = find_store(net.layer.weight)
+    before, stored_before = store.load(net.layer.weight), {k: v.clone() for k, v in net.layer.state_dict().items()}
+    may = net.layer.support_avx512bf16_for_cpu
+    model = get_peft_model(net, config_for("LORA"))
+    shake(model, 0.02)
+    x = torch.randn(4, 128, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        (made,) = torch.autograd.grad(model.train()(x).square().sum(), x)
+        return made
+
+    first = gradient()
+    with torch.no_grad():
+        model.eval()(x.detach())
+    assert torch.equal(gradient(), first)
+    assert torch.equal(store.load(net.layer.weight), before)
+    with torch.no_grad():
+        model.eval()(x.detach())
+        live = model(x.detach())
+        merged = model.merge_and_unload(into="same")
+        merged(x.detach())
+    stored = merged.layer.state_dict()
+    for name in stored_before:
+        assert name == "weight" or torch.equal(stored[name], stored_before[name])  # the scales are the base's own
+    assert not torch.equal(stored["weight"], stored_before["weight"])
+    assert float((merged(x.detach()) - live).abs().mean()) < 0.1 * float(live.abs().mean())
+    model = get_peft_model(four(kind), config_for("LORA"))
+    assert model.unload().layer.support_avx512bf16_for_cpu == may
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_a_base_that_ran_before(kind):
+    net = four(kind)
+    before = find_store(net.layer.weight).load(net.layer.weight)
+    with torch.no_grad():
+        net(torch.randn(4, 128))  # some processors repack the bytes here, scales rounded to bfloat16
+    read = find_store(net.layer.weight).load(net.layer.weight)
+    assert torch.allclose(read, before, atol=2**-7 * float(before.abs().max()))
+    model = get_peft_model(net, config_for("LORA"))
+    shake(model)
+    assert torch.allclose(find_store(net.layer.weight).load(net.layer.weight), read, atol=1e-6)
+    x = torch.randn(4, 128, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.train()(x).sum(), x)
+    dense = model.merge_and_unload()
+    (wanted,) = torch.autograd.grad(dense(x).sum(), x)
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+def test_a_moved_weight_goes_to_a_device_alone():
+    weight: Any = four("nf4").layer.weight
+    store: Any = find_store(weight)
+    change = torch.zeros(64, 128)
+    made = store.move(weight, change, torch.full_like(change, 0.5))
+    made.quant_state.to("meta")
+    assert made.quant_state.state2.absmax.is_meta
+    assert not weight.quant_state.state2.absmax.is_meta

@@ -28,6 +28,7 @@ from deltatune.core.rounding import Rounding, refuse_dropout
 from deltatune.core.sites import Site, base_modules, saved_modules, standing
 from deltatune.core.weights import WeightRef, is_computed
 from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, TargetError, hint
+from deltatune.stores import settle
 
 ATTRIBUTE = "_deltatune"
 #: reduced-precision bases get float32 adapters, unless the caller says otherwise
@@ -120,6 +121,7 @@ class AdapterSet:
             self._attach(name, site, edits, float32, modules)
         together.find([modules[p] for p in dict.fromkeys(s.path.rpartition(".")[0] for s, _ in made)])
         close_fused_paths(modules, [site.path for site, _ in made])
+        settle(self.root, still=True)
         self.merged.tell(self.deltas(name))
         self.set_requires_grad(name, not config.inference_mode)
         if any(edit.changes_base for edit in self.edits[name]):
@@ -220,6 +222,7 @@ class AdapterSet:
             attention.disable(self.root)
         if not self.configs:
             reopen_fused_paths(self.root)
+            settle(self.root, still=False)
 
     def remove_all(self) -> nn.Module:
         """Takes every adapter out and returns the plain base; what is merged stays in the weights."""

@@ -30,6 +30,8 @@ class Store(Protocol):
     is for good, and `own_dtype = False` says that the layer takes inputs of any floating type.
     `products` are the classes of layers (qualified names) whose forward is `x Wᵀ + b` and for which `product(layer, x)`
     gives a `Product` that a GPU computes from what is stored, or None where the layer or the input is not for it.
+    `settle(layer, still)` is for layers that store their weight anew as they run: True puts it back and keeps the layer
+    from it, False lets the layer go on.
     """
 
     #: False where `save` rounds (quantised formats), so that merging reports an error instead of a surprise
@@ -179,6 +181,15 @@ def quantised(layer: nn.Module) -> Any | None:
         return packed.gather(layer)
     param = layer._parameters.get("weight")
     return param if param is not None and not find_store(param).exact else None
+
+
+def settle(model: nn.Module, still: bool) -> None:
+    """Keeps every quantised layer's weight as it is stored, or lets the layers store it anew as they run again."""
+    for layer in model.modules():
+        weight = quantised(layer)
+        store: Any = find_store(weight) if weight is not None else None
+        if hasattr(store, "settle"):
+            store.settle(layer, still)
 
 
 # ---------------------------------------------------------------------- another weight in a layer's place

@@ -26,7 +26,7 @@ class Bnb4Store:
 
     exact = False
     dense_layer: ClassVar[type[nn.Module]] = nn.Linear
-    leftovers = ("quant_state",)
+    leftovers = ("quant_state", "_may_repack")
     products = ("bitsandbytes.nn.modules.Linear4bit",)
 
     def shape(self, param: Any) -> torch.Size:
@@ -51,7 +51,7 @@ class Bnb4Store:
         """For NF4 that the layer multiplies in the dtype of `x`."""
         param = layer.weight
         state = param.quant_state
-        if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
+        if state is None or state.quant_type != "nf4" or _is_repacked(param):
             return None
         if layer.compute_dtype not in (None, x.dtype) or (state.nested and state.state2.blocksize != ABSMAX_BLOCK):
             return None
@@ -74,7 +74,20 @@ class Bnb4Store:
         codes = unpack(packed, 2 * packed.numel())  # what fills the last byte stays
         new = moved(codes[: by.numel()], by, draw.reshape(-1), state.code.float(), clip=clip)
         words = pack(torch.cat([new, codes[by.numel() :]]))
-        return self._made(param, words.view(data.dtype).view(data.shape), copy.copy(state))
+        return self._made(param, words.view(data.dtype).view(data.shape), _copy(state))
+
+    def settle(self, layer: Any, still: bool) -> None:
+        """At its first call outside training the layer repacks its weight for a CPU kernel of its own.
+
+        The scales are rounded to bfloat16 for good, and no gradient passes the layer ever after.
+        """
+        if still:
+            layer.__dict__.setdefault("_may_repack", getattr(layer, "support_avx512bf16_for_cpu", False))
+            layer.support_avx512bf16_for_cpu = False
+            if _is_repacked(layer.weight):
+                layer.weight.data, _ = _put_back(layer.weight.data, layer.weight.quant_state)
+        elif "_may_repack" in layer.__dict__:
+            layer.support_avx512bf16_for_cpu = layer.__dict__.pop("_may_repack")
 
     def _made(self, param: Any, packed: Tensor, state: Any) -> nn.Parameter:
         made: nn.Parameter = Params4bit(
@@ -106,14 +119,30 @@ def _by_hand(data: Tensor, state: Any, shape: torch.Size) -> Tensor:
 
 
 def _plain(param: Any) -> tuple[Tensor, Any]:
-    """Bytes and state in the usual order.
-
-    The layer repacks itself for its CPU kernel at the first inference, scales rounded to bfloat16; the function that
-    undoes it writes into the state it is given.
-    """
-    if getattr(param.quant_state, "packing_format_for_cpu", False):
-        return functional._convert_weight_packed_for_cpu_inverse(param.data, copy.copy(param.quant_state))  # type: ignore[no-any-return]
+    """Bytes and state in the usual order; the parameter stays as it is."""
+    if _is_repacked(param):
+        return _put_back(param.data, _copy(param.quant_state))
     return param.data, param.quant_state
+
+
+def _copy(state: Any) -> Any:
+    """A state that may go to another device without the first."""
+    made = copy.copy(state)
+    if made.nested:
+        made.state2 = copy.copy(made.state2)
+    return made
+
+
+def _is_repacked(param: Any) -> bool:
+    return getattr(param.quant_state, "packing_format_for_cpu", False)
+
+
+def _put_back(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Bytes in the usual order, and the state, changed to that: the scales have lost bits."""
+    data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+    if not state.nested:  # those of double quantisation are in order
+        state.absmax = state.absmax.mT.reshape(-1).float()
+    return data, state
 
 
 def _scales(state: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deltatune.errors import CannotMergeError
-from deltatune.stores import find_store, put_weight, quantised, strip
+from deltatune.stores import find_store, put_weight, quantised, settle, strip
 
 #: what transformers keeps on a model that it has quantised
 FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
@@ -45,8 +45,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def keep_savable(model: nn.Module) -> None:
     """Drops what transformers did to tensors in reading quantised files and cannot undo in writing.
 
-    The state dict of such layers is what the files hold, so that there is nothing to undo.
+    The state dict of such layers is what the files hold, so that there is nothing to undo. Layers keep it so.
     """
+    settle(model, still=True)
     done = model.__dict__.get("_weight_conversions")
     if done:
         model._weight_conversions = [step for step in done if _turns_back(step)]  # type: ignore[assignment]

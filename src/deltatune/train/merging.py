@@ -160,19 +160,8 @@ def _fold(
     rounding: str | None,
 ) -> tuple[Any, Any, _Before | None]:
     loaded = load(target, dtype=_name(dtype), device=device, quantization=quantization or "none")
-    _keep_scales(loaded.model)
     before = _look(loaded, prompts) if prompts else None
     return loaded.model.merge_and_unload(into=into, rounding=rounding), loaded.tokenizer, before
-
-
-def _keep_scales(model: Any) -> None:
-    """bitsandbytes' 4-bit layers round their scales to bfloat16 for good at the first inference on some CPUs: not here.
-
-    A look at the model before it is merged would change what is merged.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _look(loaded: Loaded, prompts: Sequence[str]) -> _Before:
