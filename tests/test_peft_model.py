@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 import types
+from concurrent import futures
 from pathlib import Path
 
 import pytest
@@ -180,20 +182,72 @@ def test_two_adapters_train_in_one_step():
 def test_recomputed_blocks_run_under_the_adapters_they_had():
     x = ids(2)
     grads = []
-    for checkpointing in (False, True):
+    for options in (None, {}, {"use_reentrant": True}):
         model = get_peft_model(llama(), LoraConfig(**CAUSAL, init_lora_weights=False))
         torch.manual_seed(0)
         model.add_adapter("b", LoraConfig(**CAUSAL))
         shake(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
+        if options is not None:
+            model.gradient_checkpointing_enable(options)
         model.train()
         loss = model(x, labels=x, adapter_names=["default", "b"]).loss
         with model.disable_adapter():
             loss = loss + model(x, labels=x).loss
         loss.backward()  # after the calls are over
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+    assert all(torch.allclose(grads[0][n], g[n], atol=1e-6) for g in grads[1:] for n in g)
+
+
+def test_what_is_chosen_while_disabled_runs_afterwards():
+    model = get_peft_model(llama(), LoraConfig(**CAUSAL))
+    model.add_adapter("b", LoraConfig(**CAUSAL))
+    shake(model)
+    x = ids(2)
+    with model.disable_adapter():
+        base = model(x).logits
+        model.set_adapter("b")
+        assert torch.equal(model(x).logits, base)
+        with model.disable_adapter():
+            assert torch.equal(model(x).logits, base)
+        assert torch.equal(model(x).logits, base)
+    torch.testing.assert_close(model(x).logits, model(x, adapter_names=["b", "b"]).logits)
+
+
+def test_disabling_in_two_threads_ends_with_the_last():
+    plan = get_peft_model(llama(), LoraConfig(**CAUSAL)).adapters.plan
+    one, two = plan.disabled(), plan.disabled()
+    with one:
+        two.__enter__()
+    assert not plan.state.names
+    two.__exit__(None, None, None)
+    assert plan.enabled
+    assert plan.state.names == ("default",)
+
+
+def test_two_threads_generate_at_once():
+    """Every step of one meets a step of the other, and a third adapter becomes active in between."""
+    model = get_peft_model(llama(), LoraConfig(**CAUSAL)).eval()
+    for name in ("b", "c"):
+        model.add_adapter(name, LoraConfig(**CAUSAL))
+    shake(model, 0.5)
+    x = ids(2)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(x)}
+    rows = (["default", "b"], ["b", "__base__"])
+    alone = [model.generate(x, adapter_names=names, **options) for names in rows]
+    assert not torch.equal(*alone)
+    barrier = threading.Barrier(2, timeout=30)
+
+    def meet(*_):
+        barrier.wait()
+        model.set_adapter("c")
+
+    handle = model.get_base_model().register_forward_pre_hook(meet)
+    with futures.ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(model.generate, x, adapter_names=names, **options) for names in rows]
+        for one, two in zip(alone, made, strict=True):
+            assert torch.equal(two.result(), one)
+    handle.remove()
+    assert model.adapters.plan.state.names == ("c",)
 
 
 def test_generation_with_one_adapter_per_row_and_beams():

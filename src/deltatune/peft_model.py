@@ -11,6 +11,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -357,12 +358,19 @@ class PeftModel(nn.Module):
         if adapter_names is None and (found := self._rows_of_composition(args, kwargs)) is not None:
             args, kwargs, adapter_names = found
         if adapter_names is None:
-            return self.base_model.model(*args, **kwargs)
+            return self._call(args, kwargs)
         batch, positions = _batch_size(args, kwargs)
         if len(adapter_names) != batch:
             raise AdapterNameError(f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows")
         with self.adapters.plan.call(self.adapters.rows(adapter_names, positions)):
+            return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
             return self.base_model.model(*args, **kwargs)
+        finally:
+            if not torch.compiler.is_compiling():  # what no layer has asked for
+                self.adapters.plan.own.ahead.clear()
 
     def _rows_of_composition(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -498,6 +506,10 @@ class PeftModel(nn.Module):
         hook = "enable_input_require_grads" if options["use_reentrant"] else "disable_input_require_grads"
         if hasattr(model, "_require_grads_hooks") or options["use_reentrant"]:
             getattr(model, hook)()
+        if options["use_reentrant"]:
+            for state in (module.__dict__ for module in model.modules()):
+                if (function := state.get("_gradient_checkpointing_func")) is not None:
+                    state["_gradient_checkpointing_func"] = partial(self.adapters.plan.checkpointed, function)
 
     def activation_checkpointing_disable(self) -> None:
         """Undoes `activation_checkpointing_enable`."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -266,7 +267,7 @@ def test_readers_of_one_input_share_a_node(options, calls):
         "_LowRankLinearBackward",
         "_LowRankLinearsBackward",
     ]
-    assert not model.adapters.plan.ahead
+    assert not model.adapters.plan.own.ahead
     y.sum().backward()
 
 
@@ -339,8 +340,8 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize(
     ("mode", "options"),
-    [("fused", {}), ("fused", {"lora_dropout": 1e-12}), ("lean", {"use_dora": True})],
-    ids=["lora", "dropout", "dora"],
+    [("fused", {}), ("fused", {"lora_dropout": 1e-12}), ("fused", {"use_dora": True}), ("lean", {"use_dora": True})],
+    ids=["lora", "dropout", "dora", "lean"],
 )
 def test_outputs_may_be_changed_in_place(mode, options, calls):
     torch.manual_seed(0)
@@ -357,11 +358,41 @@ def test_outputs_may_be_changed_in_place(mode, options, calls):
         torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-10)
 
 
-def test_an_output_that_magnitudes_need_says_so_when_it_was_changed():
-    torch.manual_seed(0)
-    model = get_peft_model(Scaled(), LoraConfig(r=4, target_modules=["q", "k", "out"], use_dora=True)).train()
-    with pytest.raises(RuntimeError, match=r'changed in place.*kernels\.use\("lean"\)'):
-        model(torch.randn(3, 12)).sum().backward()
+def test_outputs_that_magnitudes_need_are_kept_until_backward():
+    """And a second backward of the same graph makes them again."""
+    model = adapted(use_dora=True)
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    kept = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.shape == (3, 5, 10):
+            kept.append(weakref.ref(t))
+        return t
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(x).square().sum()
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    second = torch.autograd.grad(loss, trained)
+    assert kept
+    assert all(ref() is None for ref in kept)
+    for one, two in zip(first, second, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["fused", "lean"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_backward_within_autocast_has_the_types_of_its_forward(options, mode):
+    model = adapted(torch.float32, **options)
+    x = torch.randn(3, 5, 12)
+    with kernels.use(mode):
+        expected = gradients(model, x)
+        model.zero_grad()
+        loss = model(x).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss.backward()
+    for one, p in zip(expected[2:], (p for p in model.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(p.grad, one, rtol=0.05, atol=0.5)
 
 
 def test_an_output_made_ahead_is_not_used_after_a_step():
@@ -387,3 +418,18 @@ def test_a_layer_that_is_not_called_gets_no_gradient():
         "q.lora_A.default.weight",
         "q.lora_B.default.weight",
     }
+
+
+class Half(Net):
+    """Calls one of the layers that read the input only sometimes."""
+
+    def forward(self, x: torch.Tensor, whole: bool = False) -> torch.Tensor:
+        q = self.q(x)
+        return q + self.k(x) if whole else q
+
+
+def test_an_output_that_no_layer_has_asked_for_goes_with_the_call():
+    torch.manual_seed(0)
+    model = get_peft_model(Half(), LoraConfig(target_modules=["q", "k"], r=4))
+    model(torch.randn(3, 12)).sum().backward()
+    assert not model.adapters.plan.own.ahead

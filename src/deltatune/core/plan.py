@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
+from threading import local
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from deltatune.core.rounding import Rounding
 
 T = TypeVar("T")
-
-#: plans of this thread whose weights do not change now -> what was computed from them; see `Plan.steady`
-_STEADY: ContextVar[dict[Plan, dict[Hashable, Any]] | None] = ContextVar("deltatune_steady", default=None)
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,24 @@ class State:
         return tuple(i for node, rows in self.rows.groups if adapter in leaves(node) for i in rows)
 
 
+class Call(local):
+    """What one thread's calls of one model run under, so that several can generate at once."""
+
+    #: in place of the plan's own state
+    state: State | None = None
+    #: one task number per row of this call, for methods with a prompt per task
+    tasks: torch.Tensor | None = None
+    #: while weights do not change: what was computed from them; see `Plan.steady`
+    memo: dict[Hashable, Any] | None = None
+
+    def __init__(self) -> None:
+        #: outputs made before their modules are called; see `deltatune.core.together`
+        self.ahead: dict[int, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return Call, ()  # parts of a graph, which cannot be copied
+
+
 class Plan:
     """Shared by every host of one model."""
 
@@ -131,53 +147,57 @@ class Plan:
         self.dropped = 0
         #: merge-aware: quantised weights run as a merge into their storage would leave them; how it rounds
         self.rounding: Rounding | None = None
-        self.state = State()
-        #: one task number per row of this call, for methods with a prompt per task
-        self.tasks: torch.Tensor | None = None
-        #: outputs made before their modules are called; see `deltatune.core.together`
-        self.ahead: dict[int, Any] = {}
+        #: what runs where this thread's call does not say otherwise
+        self.chosen = State()
+        self.own = Call()
+        #: bodies of `disabled` that run now, and whether adapters were enabled before the first
+        self._disabled, self._before = 0, True
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ahead": {}}  # parts of a graph, which cannot be copied
+    @property
+    def state(self) -> State:
+        """What runs now."""
+        own = self.own.state
+        return self.chosen if own is None else own
 
     def refresh(self) -> None:
         """Derives the state after `active`, `merged` or `enabled` changed."""
         live = tuple(n for n in self.active if n not in self.merged) if self.enabled else ()
-        self.state = State(live, None, self.tree if live else None, self.dropped)
+        self.chosen = State(live, None, self.tree if live else None, self.dropped)
 
     @contextlib.contextmanager
     def call(self, state: State) -> Iterator[None]:
-        """Runs the body under `state`."""
-        before, self.state = self.state, state
+        """Runs the body under `state`, in this thread."""
+        own = self.own
+        before, own.state = own.state, state
         try:
             yield
         finally:
-            self.state = before
+            own.state = before
 
     @contextlib.contextmanager
     def carrying(self, tasks: torch.Tensor | None) -> Iterator[None]:
         """Runs the body with one task number per row."""
-        before, self.tasks = self.tasks, tasks
+        own = self.own
+        before, own.tasks = own.tasks, tasks
         try:
             yield
         finally:
-            self.tasks = before
+            own.tasks = before
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
         """Runs the body under the promise that no weight changes in it (a generation), so that edits may keep
         what they compute from weights alone; see `remember`. Other threads promise for themselves."""
-        outer = _STEADY.get() or {}
-        token = _STEADY.set({self: {}, **outer})
+        own = self.own
+        before, own.memo = own.memo, {} if own.memo is None else own.memo
         try:
             yield
         finally:
-            _STEADY.reset(token)
+            own.memo = before
 
     @property
     def _memo(self) -> dict[Hashable, Any] | None:
-        plans = None if torch.compiler.is_compiling() else _STEADY.get()
-        return None if plans is None else plans.get(self)
+        return None if torch.compiler.is_compiling() else self.own.memo
 
     @property
     def is_steady(self) -> bool:
@@ -195,16 +215,30 @@ class Plan:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Runs the body as the plain base."""
-        before, self.enabled = (self.enabled, self.state), False
-        self.state = State()
+        """Runs the body as the plain base, in all threads."""
+        if not self._disabled:
+            self._before = self.enabled
+        self._disabled, self.enabled = self._disabled + 1, False
+        self.refresh()
         try:
-            yield
+            with self.call(State()) if self.own.state is not None else contextlib.nullcontext():
+                yield
         finally:
-            self.enabled, self.state = before
+            self._disabled -= 1
+            if not self._disabled:
+                self.enabled = self._before
+            self.refresh()
 
     def checkpoint_contexts(
         self,
     ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """`context_fn` for `torch.utils.checkpoint`: the recomputation runs under the forward's state."""
         return contextlib.nullcontext(), self.call(replace(self.state))
+
+    def checkpointed(self, checkpoint: Callable[..., T], function: Callable[..., T], *args: Any) -> T:
+        """`checkpoint(function, *args)` for one that takes no `context_fn`, to the same effect."""
+        return checkpoint(partial(self._under, replace(self.state), function), *args)
+
+    def _under(self, state: State, function: Callable[..., T], *args: Any) -> T:
+        with self.call(state):
+            return function(*args)

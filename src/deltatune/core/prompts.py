@@ -281,7 +281,7 @@ def fill_places(host: Any, edit: PromptEdit, rows: tuple[int, ...] | None, ids: 
 
 def tasks_of(host: Any, rows: tuple[int, ...] | None, batch: int) -> Tensor | None:
     """This call's `task_ids` for the rows; repeated where generation repeats rows (beams)."""
-    tasks: Tensor | None = host.plan.tasks
+    tasks: Tensor | None = host.plan.own.tasks
     if tasks is None:
         return None
     if len(tasks) != batch:

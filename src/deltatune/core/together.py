@@ -36,7 +36,7 @@ def run(host: Any, edit: Edit, state: State, x: Tensor) -> Tensor | None:
     """The output of a host that one edit changes: made ahead, or made now with those of its group; None for others."""
     if not kernels.possible() or not torch.is_grad_enabled():
         return None
-    held = host.plan.ahead.pop(id(host), None)
+    held = host.plan.own.ahead.pop(id(host), None)
     if held is not None and held[0] is x and held[1] is state and held[2] == _versions(x, edit):
         made: Tensor = held[3]
         return made
@@ -49,7 +49,7 @@ def run(host: Any, edit: Edit, state: State, x: Tensor) -> Tensor | None:
         return None
     y, *ys = low_rank_linears(x, [first, *(layer for *_, layer in found)])
     ahead = zip(found, ys, strict=True)
-    host.plan.ahead = {id(other): (x, state, _versions(x, its), made) for (other, its, _), made in ahead}
+    host.plan.own.ahead = {id(other): (x, state, _versions(x, its), made) for (other, its, _), made in ahead}
     return y
 
 

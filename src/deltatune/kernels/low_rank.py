@@ -9,7 +9,9 @@ c trains, the output, which activations keep anyway. Casts are made again, dropo
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Protocol, cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from deltatune import kernels
 from deltatune.kernels.dropout import dropper, new_seed
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
 class Product(Protocol):
@@ -93,22 +97,46 @@ def own_shape(rows: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])  # type: ignore[no-any-return]
 
 
-def saved(ctx: Any) -> tuple[Any, ...]:
-    """What a node has kept for backward.
+def without_autocast(backward: Backward) -> Backward:
+    """Backward of a node in the types of its forward, wherever it is called."""
 
-    Raises:
-        RuntimeError: the output was changed in place, and the gradient of the magnitudes is worked out from it.
-    """
+    @functools.wraps(backward)
+    def run(ctx: Any, *dys: Any) -> Any:
+        with _no_autocast(next((dy.device.type for dy in dys if dy is not None), "cpu")):
+            return backward(ctx, *dys)
+
+    return cast(Backward, run)
+
+
+def _no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+class _Kept(torch.autograd.Function):
+    """A node for nothing but what it has kept: reading that fails where it was changed in place, and with it would the
+    rest of what a node keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *outs: Tensor) -> Tensor:
+        ctx.save_for_backward(*outs)
+        return anchor.new_empty(0)
+
+
+def keep(anchor: Tensor, outs: Sequence[Tensor]) -> Any:
+    """Keeps a node's outputs for `kept`; `anchor` is any tensor that trains."""
+    with torch.enable_grad():
+        return _Kept.apply(anchor, *(out.detach() for out in outs)).grad_fn  # type: ignore[no-untyped-call]
+
+
+def kept(ctx: Any) -> tuple[Tensor, ...] | None:
+    """What `keep` has put there, once; None where it is gone or was changed in place (`nn.ReLU(inplace=True)`)."""
+    node, ctx.kept = ctx.kept, None  # else it would be there as long as the graph
     try:
-        return tuple(ctx.saved_tensors)
+        return None if node is None else tuple(node.saved_tensors)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            "the output of an adapted layer with a magnitude, or a tensor of an adapter, was changed in place before "
-            'backward; for outputs (nn.ReLU(inplace=True)), run forward under deltatune.kernels.use("lean"), '
-            f"which does not keep them ({error})"
-        ) from error
+        return None
 
 
 def _linear(w: Tensor | Product, x: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, s: float) -> Tensor:
@@ -132,8 +160,7 @@ class _LowRankLinear(torch.autograd.Function):
         numbers: tuple[float, float, int, bool],
     ) -> Tensor:
         scale, p, seed, lean = numbers
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+        with _no_autocast(x.device.type):
             dropped, s = x, scale
             if p:
                 copy = x.clone(memory_format=torch.contiguous_format)
@@ -141,17 +168,19 @@ class _LowRankLinear(torch.autograd.Function):
             out, h = _forward(x, y, w, bias, a, b, c, s, dropped)
         need_c = ctx.needs_input_grad[6]
         need_x = ctx.needs_input_grad[4] or need_c
-        kept_y = out if need_c and not lean else None
         dense = isinstance(w, Tensor)
-        ctx.save_for_backward(x if need_x else None, w if dense else None, a, b, c, h, kept_y, bias if need_c else None)
+        ctx.save_for_backward(x if need_x else None, w if dense else None, a, b, c, h, bias if need_c else None)
+        ctx.kept = keep(cast(Tensor, c), [out]) if need_c and not lean else None
         ctx.product = None if dense else w
         ctx.numbers, ctx.like, ctx.dtype = (s, p, seed), (x.shape, x.dtype, x.device), out.dtype
         return out
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, c, h, out, bias = saved(ctx)
+        x, w, a, b, c, h, bias = ctx.saved_tensors
+        (out,) = kept(ctx) or (None,)
         w = w if ctx.product is None else ctx.product
         s, p, seed = ctx.numbers
         shape, x_dtype, device = ctx.like

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deltatune import kernels
-from deltatune.kernels.low_rank import grad_of_c, own_shape, saved
+from deltatune.kernels.low_rank import grad_of_c, keep, kept, own_shape, without_autocast
 
 
 @dataclass
@@ -62,18 +62,20 @@ class _LowRankLinears(torch.autograd.Function):
         need_c = [ctx.needs_input_grad[6 + 5 * i] for i in range(len(layers))]
         need_x = any(need_c) or any(ctx.needs_input_grad[4 + 5 * i] for i in range(len(layers)))
         outs = [own_shape(out, x) for out in outs]
-        kept = [out if need and not lean else None for out, need in zip(outs, need_c, strict=True)]
-        ctx.save_for_backward(x if need_x else None, h, *tensors, *kept)
+        ctx.save_for_backward(x if need_x else None, h, *tensors)
+        anchor = next((layer.c for layer, need in zip(layers, need_c, strict=True) if need), None)
+        ctx.kept = None if anchor is None or lean else keep(anchor, outs)
         ctx.scales, ctx.like = scales, (x.shape, x.dtype)
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, h, *rest = saved(ctx)
+        x, h, *tensors = ctx.saved_tensors
         n = len(dys)
-        layers, outs = _layers(rest[: 5 * n], ctx.scales), rest[5 * n :]
+        layers, outs = _layers(tensors, ctx.scales), kept(ctx) or [None] * n
         shape, dtype = ctx.like
         needs = [ctx.needs_input_grad[2 + 5 * i : 7 + 5 * i] for i in range(n)]
         need_x, need_a = ctx.needs_input_grad[0], any(need[2] for need in needs)
