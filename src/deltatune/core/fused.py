@@ -80,7 +80,7 @@ def parts(model: nn.Module, path: str, n: int) -> list[Rows]:
     op = find_op(module)
     assert op is not None
     weight: Tensor = module.get_parameter("weight")
-    rows = op.matrix(torch.empty(weight.shape, device="meta")).shape[-2]
+    rows = op.shape(weight.shape)[-2]
     attention = model.get_submodule(path.rpartition(".")[0])
     layout = LAYOUTS.get(type(attention).__name__, _contiguous)
     return layout(attention, rows, n)

@@ -25,6 +25,12 @@ class LinearOp:
         """Stored layout -> `(*batch, out, in)`; a view where the layout allows it."""
         return raw
 
+    def shape(self, raw: torch.Size) -> torch.Size:
+        """`(*batch, out, in)` of a weight that is stored in the shape `raw`."""
+        if type(self).matrix is LinearOp.matrix:
+            return raw
+        return self.matrix(torch.empty(raw, device="meta")).shape
+
     def stored(self, w: Tensor, shape: torch.Size) -> Tensor:
         """`(*batch, out, in)` -> stored layout of `shape`."""
         return w

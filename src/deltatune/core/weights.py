@@ -63,7 +63,7 @@ class WeightRef:
         raw_shape = self.store.shape(self.param)
         self.op, self.bypass = self._choose_op(len(raw_shape))
         self.raw_shape = raw_shape
-        self.full_shape = self.op.matrix(torch.empty(raw_shape, device="meta")).shape
+        self.full_shape = self.op.shape(raw_shape)
         #: the module maps the last axis by all of this weight, and whether it does so by `nn.Linear`'s own forward
         self.linear = self.bypass and rows is None and maps_last_axis(self.op)
         self.own_forward = runs_linear(module)

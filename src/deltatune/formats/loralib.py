@@ -173,7 +173,7 @@ def _factors(
         raise AdapterLoadError(f"{path!r} is a {type(module).__name__}, which loralib cannot have adapted")
     if isinstance(op, ConvOp):
         return [("", *_kernel_factors(op, module.weight.shape, a, b))]
-    out, inp = op.matrix(torch.empty(module.weight.shape, device="meta")).shape
+    out, inp = op.shape(module.weight.shape)
     r = b.shape[1]
     if a.shape[1] == inp and a.shape[0] == r and b.shape[0] == out:
         return [("", a, b)]

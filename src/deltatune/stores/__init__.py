@@ -124,16 +124,21 @@ class DenseStore:
 STORES: dict[str, Store] = {"torch.nn.parameter.Parameter": DenseStore()}
 #: class of the layer (qualified name) -> store
 LAYERS: dict[str, LayerStore] = {}
+#: what was found for classes before
+_STORE_OF: dict[tuple[type, type], Store] = {}
+_LAYER_STORE_OF: dict[type, LayerStore | None] = {}
 
 
 def register_store(class_name: str, store: Store) -> None:
     """Teach the core a storage: `class_name` is the qualified name of the parameter's (tensor's) class."""
     STORES[class_name] = store
+    _STORE_OF.clear()
 
 
 def register_layer(class_name: str, store: LayerStore) -> None:
     """Teach the core a layer that spreads its weight over several tensors; its map is `y = x Wᵀ + b`."""
     LAYERS[class_name] = store
+    _LAYER_STORE_OF.clear()
 
 
 #: package of the class of a parameter or layer -> the module here that knows its storages, imported when one is met
@@ -149,16 +154,22 @@ def find_store(param: Any) -> Store:
     """The store for a parameter, by its class; ordinary tensors are dense."""
     if isinstance(param, Packed):
         return param.store
-    names = class_names(type(param)) + class_names(type(param.data))
-    _import_backends(names)
-    return next((STORES[n] for n in names if n in STORES), STORES["torch.nn.parameter.Parameter"])
+    kinds = type(param), type(param.data)
+    if kinds not in _STORE_OF:
+        names = class_names(kinds[0]) + class_names(kinds[1])
+        _import_backends(names)
+        _STORE_OF[kinds] = next((STORES[n] for n in names if n in STORES), STORES["torch.nn.parameter.Parameter"])
+    return _STORE_OF[kinds]
 
 
 def find_layer(layer: nn.Module) -> LayerStore | None:
     """The store of a layer that spreads its weight over several tensors; None for layers with a `weight`."""
-    names = class_names(type(layer))
-    _import_backends(names)
-    return next((LAYERS[n] for n in names if n in LAYERS), None)
+    kind = type(layer)
+    if kind not in _LAYER_STORE_OF:
+        names = class_names(kind)
+        _import_backends(names)
+        _LAYER_STORE_OF[kind] = next((LAYERS[n] for n in names if n in LAYERS), None)
+    return _LAYER_STORE_OF[kind]
 
 
 def product_of(store: Store, runs: type) -> Callable[[nn.Module, Tensor], Product | None] | None:
