@@ -89,7 +89,7 @@ class Rounding:
         """What `write` will have changed of the base's numbers, as they are read then."""
         there: Tensor = ref.store.load(self.write(ref, value)).to(value.dtype)
         base: Tensor = ref.store.load(ref.param).to(value.dtype)
-        return torch.where(value.isfinite(), there - base, torch.nan)  # codes have none
+        return (there - base).add_(value, alpha=0)  # NaN where the value is no finite number: codes have none
 
 
 @lru_cache(maxsize=4)

@@ -28,7 +28,7 @@ class BeyondGridError(ArithmeticError):
 def _check(at: Tensor, change: Tensor, lowest: float | Tensor, highest: float | Tensor) -> None:
     cut = CUT * (highest - lowest)
     lost = (at - highest - cut).clamp(min=0).sum() + (lowest - cut - at).clamp(min=0).sum()
-    if not bool(lost <= LOST * change.abs().sum()) or not bool(lost.isfinite()):
+    if not bool(lost <= LOST * torch.linalg.vector_norm(change, 1)) or not bool(lost.isfinite()):
         raise BeyondGridError
 
 
@@ -47,7 +47,7 @@ def moved(code: Tensor, change: Tensor, draw: Tensor, levels: Tensor, *, clip: b
     ordered, order = levels.sort()  # FP4's codes are not in the order of their numbers
     gaps = ordered.diff()
     ways = change / gaps[gaps > 0].min() - draw  # FP4 has two codes of zero
-    some = (~((ways >= -1) & (ways <= 0))).nonzero().view(-1)  # what is no number among them
+    some = ((ways < -1) | (ways > 0)).nonzero().view(-1)
     at = levels[code[some].int()] + change[some]
     if not clip:
         _check(at, change, ordered[0], ordered[-1])
@@ -68,7 +68,10 @@ def stepped(code: Tensor, change: Tensor, draw: Tensor, lowest: int, highest: in
 
 def in_units(change: Tensor, scale: Tensor) -> Tensor:
     """`change / scale`, broadcast; no change is none in units of any scale, 0 too."""
-    return torch.where(change == 0, 0.0, change / scale)
+    inside = change * (1 / scale)
+    if bool((scale == 0).any()):
+        return torch.where(change == 0, 0.0, inside)
+    return inside
 
 
 def in_blocks(change: Tensor, scale: Tensor, block: int) -> Tensor:
