@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import threading
 import types
@@ -265,6 +266,39 @@ def test_generation_with_one_adapter_per_row_and_beams():
         mixed = model.generate(x, adapter_names=["default", "b"], **options)
         for row, one in zip(mixed, alone, strict=True):
             assert torch.equal(row[: len(one)], one)
+
+
+@pytest.mark.parametrize(("make", "task"), [(llama, "CAUSAL_LM"), (t5, "SEQ_2_SEQ_LM")])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_generation_sorts_the_rows_once_and_gives_them_back_in_order(make, task, options, monkeypatch):
+    model = get_peft_model(make(), LoraConfig(task_type=task))
+    model.add_adapter("b", LoraConfig(task_type=task))
+    shake(model, 0.5)
+    x, seen = ids(4), []
+    x[0, :2] = 0
+    rows = model.adapters.rows
+
+    def looked_at(names, positions):
+        seen.append([name for name, _ in itertools.groupby(names)])
+        return rows(names, positions)
+
+    monkeypatch.setattr(model.adapters, "rows", looked_at)
+    options = {
+        **options,
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "attention_mask": (x > 0).long(),
+    }
+    names = ["default", "b", "__base__", "b"]
+    found = model.generate(input_ids=x, adapter_names=names, **options)
+    assert seen == [["default", "b", "__base__"]]
+    kept = model.generate(
+        input_ids=x, adapter_names=names, logits_processor=transformers.LogitsProcessorList(), **options
+    )
+    assert torch.equal(found, kept)
+    assert torch.equal(model.generate(x, adapter_names=names, **options), kept)
+    assert not torch.equal(found, model.generate(x, adapter_names=["default"] * 4, **options))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])

@@ -397,7 +397,11 @@ class PeftModel(nn.Module):
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`; `adapter_names` gives one adapter per input row, also with beams; `task_ids` one
-        task per row."""
+        task per row.
+
+        Rows of one adapter run side by side, so that no layer has to gather them; what is returned is in the order of
+        the input. Where something given may depend on that order (images, a cache, a logits processor), it is kept.
+        """
         model: Any = self.base_model.model
         plan = self.adapters.plan
         if task_ids is not None:
@@ -412,6 +416,13 @@ class PeftModel(nn.Module):
         if len(adapter_names) != batch:
             raise AdapterNameError(f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows")
         config = kwargs.get("generation_config") or model.generation_config
+        order = [i for name in dict.fromkeys(adapter_names) for i, own in enumerate(adapter_names) if own == name]
+        if order != list(range(batch)) and _order_is_free(batch, args, kwargs, config):
+            names = [adapter_names[i] for i in order]
+            given = {name: _taken(value, order) for name, value in kwargs.items()}
+            found = PeftModel.generate(self, *(_taken(v, order) for v in args), adapter_names=names, **given)
+            back = sorted(range(batch), key=order.__getitem__)
+            return found.unflatten(0, (batch, -1))[back].flatten(0, 1)
         beams = kwargs.get("num_beams", getattr(config, "num_beams", 1)) or 1
         copies = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", 1)) or 1
         expanded = max(beams, copies)
@@ -739,6 +750,28 @@ def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int
         if isinstance(value, Tensor) and value.ndim:
             return value.shape[0], value.shape[1] if value.ndim > 1 else 1
     raise ConfigError("adapter_names needs a tensor input whose first axis is the batch; none is given")
+
+
+#: tensors of `generate` that have one row for each row of the batch
+_ROWS = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+
+
+def _order_is_free(batch: int, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> bool:
+    """Whether `generate` may see the rows in another order: nothing is given but their tokens and plain options."""
+    if len(args) > 1 or kwargs.get("return_dict_in_generate", getattr(config, "return_dict_in_generate", False)):
+        return False
+    plain = (type(None), bool, int, float, str)
+    given = [("inputs", *args)] if args else []
+    return all(
+        name in _ROWS and len(value) == batch
+        if isinstance(value, Tensor)
+        else isinstance(value, plain) or value is config
+        for name, value in (*given, *kwargs.items())
+    )
+
+
+def _taken(value: Any, order: list[int]) -> Any:
+    return value[order] if isinstance(value, Tensor) else value
 
 
 def _forward_named(inputs: tuple[str, ...]) -> Any:
