@@ -198,3 +198,24 @@ def test_a_moved_weight_goes_to_a_device_alone():
     made.quant_state.to("meta")
     assert made.quant_state.state2.absmax.is_meta
     assert not weight.quant_state.state2.absmax.is_meta
+
+
+@pytest.mark.parametrize("kept_as", [torch.bfloat16, torch.float32])
+def test_bytes_in_a_floating_type(kept_as):
+    """What FSDP shards a 4-bit weight as."""
+    plain: Any = four("nf4").layer.weight
+    other: Any = bnb.nn.Params4bit(
+        torch.empty(0),
+        quant_state=plain.quant_state,
+        quant_type="nf4",
+        quant_storage=kept_as,
+        bnb_quantized=True,
+    )
+    other.data = plain.data.view(-1).view(kept_as).view(-1, 1)
+    store: Any = find_store(plain)
+    change = torch.randn(64, 128) * 1e-2
+    draw = torch.rand(64, 128)
+    made = store.move(other, change, draw)
+    assert made.dtype == kept_as and made.shape == other.shape
+    assert torch.equal(made.data.view(torch.uint8).view(-1), store.move(plain, change, draw).data.view(-1))
+    assert torch.equal(store.save(other, change).data.view(torch.uint8).view(-1), store.save(plain, change).data.view(-1))

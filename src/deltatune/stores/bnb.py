@@ -74,7 +74,7 @@ class Bnb4Store:
         codes = unpack(packed, 2 * packed.numel())  # what fills the last byte stays
         new = moved(codes[: by.numel()], by, draw.reshape(-1), state.code.float(), clip=clip)
         words = pack(torch.cat([new, codes[by.numel() :]]))
-        return self._made(param, words.view(data.dtype).view(data.shape), _copy(state))
+        return self._made(param, words.view(-1).view(data.dtype).view(data.shape), _copy(state))
 
     def settle(self, layer: Any, still: bool) -> None:
         """At its first call outside training the layer repacks its weight for a CPU kernel of its own.
