@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,31 @@ def test_goes_on_after_the_last_whole_shard(places, monkeypatch):
     monkeypatch.setattr(streaming, "write_shard", real)
     merge_stream(target, out)
     one, two = tensors(out), tensors(out.with_name("first"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_nothing_is_kept_of_a_merge_that_rounded_otherwise(places, monkeypatch):
+    target, base, out, _ = places
+    recipe = out.parent / "recipe.yaml"
+    target, real = replace(target, recipe=recipe), streaming.write_shard
+
+    def dies_at_the_end(shard, path, change):
+        if len(list(path.parent.glob("*.safetensors"))) == len(list(base.glob("*.safetensors"))) - 1:
+            raise KeyboardInterrupt
+        real(shard, path, change)
+
+    def run_was(seed):
+        recipe.write_text(f"train: {{merge_aware: {{seed: {seed}}}}}")
+
+    run_was(0)
+    monkeypatch.setattr(streaming, "write_shard", dies_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        merge_stream(target, out, quantization="4bit")
+    monkeypatch.setattr(streaming, "write_shard", real)
+    run_was(1)
+    merge_stream(target, out, quantization="4bit")
+    merge_stream(target, out.with_name("unbroken"), quantization="4bit")
+    one, two = tensors(out), tensors(out.with_name("unbroken"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 

@@ -101,12 +101,13 @@ def merge_stream(
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     shards = [Shard.of(path, wanted) for path in sorted(source.glob("*.safetensors"))]
     staging = output.parent / f".{output.name}{STAGING}"
-    key = _key(target, shards, dtype, quantization)
+    aware = merge_aware(target) if quantization else None
+    key = _key(target, shards, dtype, quantization, aware)
     done = _done(staging, key)
     todo = [s for s in shards if s.path.name not in done]
     check_space(output, sum(s.bytes for s in todo) + MARGIN)
     model, samples, changes = _hollow(source, target.adapter)
-    folder = _Folder(model, quantization, samples, merge_aware(target) if quantization else None)
+    folder = _Folder(model, quantization, samples, aware)
     folder.check(shards)
     _begin(staging, key)
     for shard in todo:
@@ -301,12 +302,12 @@ def write_shard(shard: Shard, path: Path, change: Any) -> None:
     os.replace(temporary, path)
 
 
-def _key(target: Target, shards: list[Shard], dtype: str, quantization: str | None) -> str:
+def _key(target: Target, shards: list[Shard], dtype: str, quantization: str | None, aware: Rounding | None) -> str:
     """Changes with anything that the merged files depend on."""
     assert target.adapter is not None
     files = [*sorted(target.adapter.glob("adapter_*")), *(s.path for s in shards)]
     parts = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-    return hashlib.sha256("\n".join([*parts, dtype, str(quantization)]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*parts, dtype, str(quantization), str(aware)]).encode()).hexdigest()
 
 
 def _done(staging: Path, key: str) -> set[str]:
