@@ -168,6 +168,20 @@ def test_missing_bitsandbytes_gives_the_command(folder: Path, monkeypatch: pytes
         load_model(resolve_model(str(folder)), quantization="4bit")
 
 
+def test_a_look_at_a_base_in_few_bits_does_not_change_it(tmp_path: Path) -> None:
+    """bitsandbytes repacks its weights in inference on some processors, and rounds their scales."""
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = load_model(resolve_model(str(tmp_path)), quantization="4bit").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model(input_ids=torch.arange(2, 9)[None])
+    after = model.state_dict()
+    assert any(name.endswith("absmax") for name in before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_damaged_weights_are_one_sentence(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

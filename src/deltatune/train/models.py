@@ -84,6 +84,8 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
+    from deltatune.stores import settle
+
     builder = getattr(transformers, TASKS[_task(task, num_labels)])
     options: dict[str, Any] = {"dtype": _dtype(dtype), "use_safetensors": True}
     if num_labels is not None:
@@ -102,9 +104,10 @@ def load_model(
             from deltatune.stores.nf4_layer import quantize_model
 
             quantize_model(model)
-        return model
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"{resolved.name} cannot be loaded as {builder.__name__}: {_first_line(error)}") from error
+    settle(model, still=True)  # a run that is resumed does not measure its base again, and must have the same one
+    return model
 
 
 def _pretrained(builder: Any, resolved: ResolvedModel, **options: Any) -> Any:
