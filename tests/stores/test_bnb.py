@@ -216,6 +216,9 @@ def test_bytes_in_a_floating_type(kept_as):
     change = torch.randn(64, 128) * 1e-2
     draw = torch.rand(64, 128)
     made = store.move(other, change, draw)
-    assert made.dtype == kept_as and made.shape == other.shape
+    assert made.dtype == kept_as
+    assert made.shape == other.shape
     assert torch.equal(made.data.view(torch.uint8).view(-1), store.move(plain, change, draw).data.view(-1))
-    assert torch.equal(store.save(other, change).data.view(torch.uint8).view(-1), store.save(plain, change).data.view(-1))
+    assert torch.equal(
+        store.save(other, change).data.view(torch.uint8).view(-1), store.save(plain, change).data.view(-1)
+    )
