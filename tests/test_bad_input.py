@@ -302,3 +302,20 @@ def test_tensors_of_a_file_are_on_the_device_that_was_asked_for(order, tmp_path,
     with torch.device("meta"):
         found, _ = files.read_tensors(tmp_path / "x.safetensors")
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"lora_dropout": 0.1}, {"trainable_token_indices": [3, 1]}], ids=str
+)
+def test_a_default_device_changes_nothing_for_a_base_that_is_elsewhere(options, tmp_path):
+    model, x = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], **options)).train(), ids(2)
+    shake(model)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with torch.device("meta"):
+        model.save_pretrained(tmp_path)
+        for _ in range(2):
+            layer(torch.ones(2, layer.in_features, device="cpu")).sum().backward()
+    base = llama()
+    with torch.device("meta"):
+        again = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(again.eval()(x).logits, model.eval()(x).logits)

@@ -30,6 +30,7 @@ from deltatune import (
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    kernels,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -183,7 +184,7 @@ def test_two_adapters_train_in_one_step():
 def test_recomputed_blocks_run_under_the_adapters_they_had():
     x = ids(2)
     grads = []
-    for options in (None, {}, {"use_reentrant": True}):
+    for options, mode in ((None, "fused"), ({}, "fused"), ({"use_reentrant": True}, "fused"), ({}, "plain")):
         model = get_peft_model(llama(), LoraConfig(**CAUSAL, init_lora_weights=False))
         torch.manual_seed(0)
         model.add_adapter("b", LoraConfig(**CAUSAL))
@@ -191,12 +192,31 @@ def test_recomputed_blocks_run_under_the_adapters_they_had():
         if options is not None:
             model.gradient_checkpointing_enable(options)
         model.train()
-        loss = model(x, labels=x, adapter_names=["default", "b"]).loss
+        with kernels.use(mode):
+            loss = model(x, labels=x).loss + model(x, labels=x, adapter_names=["default", "b"]).loss
         with model.disable_adapter():
             loss = loss + model(x, labels=x).loss
         loss.backward()  # after the calls are over
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.allclose(grads[0][n], g[n], atol=1e-6) for g in grads[1:] for n in g)
+
+
+@pytest.mark.parametrize("names", [None, ["default", "b"]])
+def test_recomputed_blocks_compile_whole(names):
+    x, grads = ids(2), []
+    model = get_peft_model(llama(use_cache=False), LoraConfig(**CAUSAL))
+    model.add_adapter("b", LoraConfig(**CAUSAL))
+    shake(model)
+    model.train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for run in (model, compiled):
+        model.zero_grad()
+        run(x, labels=x, adapter_names=names).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.gradient_checkpointing_enable()
+    assert grads[0].keys() == grads[1].keys()
+    for n, g in grads[0].items():
+        torch.testing.assert_close(grads[1][n], g, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_chosen_while_disabled_runs_afterwards():

@@ -505,8 +505,6 @@ class PeftModel(nn.Module):
     ) -> None:
         """transformers' own, non-reentrant by default, with blocks recomputed under the adapters they had."""
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if not options["use_reentrant"]:
-            options.setdefault("context_fn", self.adapters.plan.checkpoint_contexts)
         model: Any = self.base_model.model
         enable = getattr(model, "activation_checkpointing_enable", None)
         if enable is not None:
@@ -517,10 +515,9 @@ class PeftModel(nn.Module):
         hook = "enable_input_require_grads" if options["use_reentrant"] else "disable_input_require_grads"
         if hasattr(model, "_require_grads_hooks") or options["use_reentrant"]:
             getattr(model, hook)()
-        if options["use_reentrant"]:
-            for state in (module.__dict__ for module in model.modules()):
-                if (function := state.get("_gradient_checkpointing_func")) is not None:
-                    state["_gradient_checkpointing_func"] = partial(self.adapters.plan.checkpointed, function)
+        for state in (module.__dict__ for module in model.modules()):
+            if (function := state.get("_gradient_checkpointing_func")) is not None:
+                state["_gradient_checkpointing_func"] = partial(self.adapters.plan.checkpointed, function)
 
     def activation_checkpointing_disable(self) -> None:
         """Undoes `activation_checkpointing_enable`."""

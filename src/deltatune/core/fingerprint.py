@@ -49,7 +49,7 @@ def _sample(delta: Delta) -> list[float] | None:
     if not delta.ref.store.exact or param.is_meta or hasattr(param, "device_mesh"):
         return None
     flat = param.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long().to(flat.device)
+    index = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long().to(flat.device)
     return [float(f"{v:.6g}") for v in flat[index].double().tolist()]
 
 
@@ -72,7 +72,7 @@ def differences(model: nn.Module, deltas: Sequence[Delta], saved: dict[str, Any]
 
 def _close(a: Sequence[float], b: Sequence[float], dtype: torch.dtype) -> bool:
     # a base may be loaded in bfloat16 (8 bits of precision) or float16 and remains the same base
-    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    x, y = (torch.tensor(t, dtype=torch.float64, device="cpu") for t in (a, b))
     scale = float(x.abs().max())
     return bool(torch.allclose(x, y, rtol=2**-6, atol=max(scale, 1e-12) * 2**-10))
 

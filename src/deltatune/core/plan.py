@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from deltatune import kernels
 from deltatune.core.composition import BASE as BASE
 from deltatune.core.composition import Composition, Node, leaves
 from deltatune.errors import MixedBatchError
@@ -38,8 +39,8 @@ class RowPlan:
     groups: tuple[tuple[Node, tuple[int, ...]], ...]
     batch: int
     tokens: int
-    #: positions worked out before, for every module of this call
-    _known: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    #: positions worked out before, for every module of this call; None where nothing may be noted
+    _known: dict[Hashable, Any] | None = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, names: Sequence[Node], positions: int = 1) -> RowPlan:
@@ -51,9 +52,12 @@ class RowPlan:
 
     def remember(self, key: Hashable, compute: Callable[[], T]) -> T:
         """`compute()` the first time in this call."""
-        if key not in self._known:
-            self._known[key] = compute()
-        return cast(T, self._known[key])
+        known = self._known
+        if known is None:
+            return compute()
+        if key not in known:
+            known[key] = compute()
+        return cast(T, known[key])
 
     def index(self, rows: tuple[int, ...], size: int, device: torch.device, where: str) -> torch.Tensor:
         """Positions along an axis of `size` that belong to batch `rows`.
@@ -61,22 +65,20 @@ class RowPlan:
         Raises:
             MixedBatchError: the axis is neither the batch nor the batch flattened with its positions.
         """
-        key = (rows, size, device)
-        if key not in self._known:
-            self._known[key] = self._positions(rows, size, device, where)
-        return cast(torch.Tensor, self._known[key])
+        return self.remember((rows, size, device), lambda: self._positions(rows, size, device, where))
 
     def joined(
         self, parts: Sequence[tuple[int, ...]], size: int, device: torch.device, where: str
     ) -> tuple[torch.Tensor | None, list[int]]:
         """The positions of several groups one after the other, and how many each has; None for all in order."""
-        key = (tuple(parts), size, device)
-        if key not in self._known:
-            each = [self.index(rows, size, device, where) for rows in parts]
-            index = torch.cat(each)
-            whole = len(index) == size and bool((index == torch.arange(size, device=device)).all())
-            self._known[key] = (None if whole else index, [len(i) for i in each])
-        return cast("tuple[torch.Tensor | None, list[int]]", self._known[key])
+        return self.remember((tuple(parts), size, device), lambda: self._joined(parts, size, device, where))
+
+    def _joined(
+        self, parts: Sequence[tuple[int, ...]], size: int, device: torch.device, where: str
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        each = [self.index(rows, size, device, where) for rows in parts]
+        whole = [row for rows in parts for row in rows] == list(range(self.batch))
+        return None if whole else torch.cat(each), [len(i) for i in each]
 
     def _positions(self, rows: tuple[int, ...], size: int, device: torch.device, where: str) -> torch.Tensor:
         index = torch.tensor(rows, device=device)
@@ -229,16 +231,23 @@ class Plan:
                 self.enabled = self._before
             self.refresh()
 
-    def checkpoint_contexts(
-        self,
-    ) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        """`context_fn` for `torch.utils.checkpoint`: the recomputation runs under the forward's state."""
-        return contextlib.nullcontext(), self.call(replace(self.state))
+    def checkpointed(self, checkpoint: Callable[..., T], function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """`checkpoint(function, *args)`, where it is a function as `torch.utils.checkpoint`'s, with the recomputation
+        under the forward's state and kernels."""
+        state = replace(self.state)
+        if torch.compiler.is_compiling():  # the compiler has both in one graph; nothing may be noted in such a part
+            rows = None if state.rows is None else replace(state.rows, _known=None)
+            with self.call(replace(state, rows=rows)):
+                return checkpoint(function, *args, **kwargs)
+        again = partial(self._again, state, kernels.mode())
 
-    def checkpointed(self, checkpoint: Callable[..., T], function: Callable[..., T], *args: Any) -> T:
-        """`checkpoint(function, *args)` for one that takes no `context_fn`, to the same effect."""
-        return checkpoint(partial(self._under, replace(self.state), function), *args)
+        def run(*args: Any, **kwargs: Any) -> T:
+            with again():
+                return function(*args, **kwargs)
 
-    def _under(self, state: State, function: Callable[..., T], *args: Any) -> T:
-        with self.call(state):
-            return function(*args)
+        return checkpoint(run, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _again(self, state: State, mode: str) -> Iterator[None]:
+        with self.call(state), kernels.use(mode):
+            yield

@@ -38,7 +38,13 @@ def _dropped(n: int, p: float, generator: torch.Generator) -> Tensor:
     while last < n:
         left = n - 1 - last
         size = int(left * p + 6 * math.sqrt(left * p) + 8)  # rarely too few; then once more
-        gaps = torch.rand(size, generator=generator).neg_().add_(1).log_().mul_(1 / math.log1p(-p))
+        gaps = (
+            torch.rand(size, generator=generator, device=generator.device)
+            .neg_()
+            .add_(1)
+            .log_()
+            .mul_(1 / math.log1p(-p))
+        )
         positions = gaps.to(torch.int64).add_(1).cumsum_(0).add_(last)
         parts.append(positions)
         last = int(positions[-1])

@@ -142,7 +142,7 @@ class DoraDelta(Delta):
         plain = type(param) is nn.Parameter and type(param.data) is Tensor and not param.is_inference()
         if not plain:
             return _square(w)
-        key, i = (id(param), param._version, param.dtype), torch.arange(max(w.shape[-2:]))
+        key, i = (id(param), param._version, param.dtype), torch.arange(max(w.shape[-2:]), device=w.device)
         some = w[..., i % w.shape[-2], i % w.shape[-1]]
         if self._kept is None or self._kept[0] != key or not torch.equal(self._kept[1], some):
             self._kept = key, some, _square(w)

@@ -36,9 +36,8 @@ class TokenRows(Delta):
 
     def __init__(self, ref: WeightRef, tokens: Sequence[int], tied: TokenRows | None = None) -> None:
         super().__init__(ref)
-        order = torch.tensor(tokens).sort()
         #: sorted tokens, and where each stands in the saved order
-        self.tokens, self.order = (t.to(ref.device) for t in order)
+        self.tokens, self.order = torch.tensor(tokens, device=ref.device).sort()
         if tied is None:
             rows = ref.store.load(ref.param)[torch.tensor(tokens, device=ref.device)].clone()
             self.rows = self.tensor(
