@@ -78,6 +78,10 @@ def test_what_it_refuses():
         quantize_and_adapt(Net(torch.randn(64, 64)), config, "pissa")
     with pytest.raises(ConfigError, match="init_lora_weights must be True"):
         quantize_and_adapt(Net(torch.randn(64, 64)), LoraConfig(target_modules=["layer"], init_lora_weights="pissa"))
+    net = Net(torch.randn(64, 64))
+    with pytest.raises(ConfigError, match="fills a plain pair of factors, which DoraDelta does not have"):
+        quantize_and_adapt(net, LoraConfig(r=4, target_modules=["layer"], use_dora=True))
+    assert all(type(layer) is torch.nn.Linear for layer in (net.layer, net.other))  # as they were
 
 
 def test_qdora_starts_at_the_norms_of_the_unpacked_weight():

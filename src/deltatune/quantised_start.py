@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from deltatune.config import TargetedConfig
-from deltatune.core.edits import LowRank
+from deltatune.core.edits import Edit, LowRank
+from deltatune.core.sites import Site
+from deltatune.core.weights import WeightRef
 from deltatune.errors import ConfigError
 from deltatune.mapping import get_peft_model
 from deltatune.peft_model import PeftModel
@@ -56,10 +58,11 @@ def quantize_and_adapt(
         return dequantize_nf4(quantize_nf4(w, block, double=double))
 
     starts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for site in config.sites(model):
-        layer = model.get_submodule(site.path)
-        if type(layer) is not nn.Linear or site.parameter != "weight" or site.rows is not None:
-            raise ConfigError(f"{start} needs dense linear layers, and {site.name!r} is a {type(layer).__name__}")
+    sites = config.sites(model)
+    for site in sites:  # the model is as it was if one is refused
+        _check(config, model, site, start)
+    for site in sites:
+        layer: Any = model.get_submodule(site.path)
         r, scale = settings.pair(site.name)
         w = layer.weight.detach().float()
         low, q = alternate(w, r, rounds, there_and_back, principal_first=start == "qpissa")
@@ -72,10 +75,20 @@ def quantize_and_adapt(
         quantize_model(model, block, double=double)
     adapted: PeftModel = get_peft_model(model, config, adapter_name=adapter_name)
     for edit in adapted.adapters.edits[adapter_name]:
-        if not isinstance(edit, LowRank) or not hasattr(edit, "lora_A"):
-            raise ConfigError(f"{start} fills a plain pair of factors, which {type(edit).__name__} does not have")
         pair: Any = edit
         a, b = starts[str(edit.host.path)]
         pair.lora_A.fill(a)
         pair.lora_B.fill(b)
     return adapted
+
+
+def _check(config: TargetedConfig, model: nn.Module, site: Site, start: str) -> None:
+    """Raises ConfigError for a layer or an adapter of it that cannot start so."""
+    layer = model.get_submodule(site.path)
+    if type(layer) is not nn.Linear or site.parameter != "weight" or site.rows is not None:
+        raise ConfigError(f"{start} needs dense linear layers, and {site.name!r} is a {type(layer).__name__}")
+    with torch.device("meta"):
+        made = config.build(WeightRef(layer), site)
+    for edit in [made] if isinstance(made, Edit) else made:
+        if not isinstance(edit, LowRank) or not hasattr(edit, "lora_A"):
+            raise ConfigError(f"{start} fills a plain pair of factors, which {type(edit).__name__} does not have")

@@ -37,6 +37,8 @@ def test_the_table(cli, world: Path, tmp_path: Path) -> None:
         (["base", "out"], "is no adapter, so there is nothing to merge"),
         (["run", "out", "--no-verify", "--prompt", "x"], "--no-verify leaves out"),
         (["run", "out", "--prompt", ""], "a prompt to compare on is empty"),
+        (["run", "out", "--stream", "--prompt", "x"], "--prompt is for a merge in memory"),
+        (["run", "out", "--stream", "--max-shard-size", "1MB"], "--max-shard-size is for a merge in memory"),
     ],
 )
 def test_wrong_use_is_one_sentence(

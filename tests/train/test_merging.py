@@ -215,6 +215,19 @@ def test_a_quantised_run_trains_merge_aware_and_merges_to_what_it_trained(tmp_pa
     assert done.difference.mean > 1e-3
 
 
+def test_a_run_that_cannot_be_merge_aware_touches_nothing(tmp_path: Path) -> None:
+    from tiny_run import make_recipe, save_model
+
+    from deltatune.errors import ConfigError
+    from deltatune.train.run import train
+
+    base = save_model(tmp_path / "base", hidden_size=64, num_key_value_heads=4)
+    recipe = make_recipe(tmp_path, base, quantization="native", train={"merge_aware": True})  # with dropout
+    with pytest.raises(ConfigError, match="set lora_dropout=0"):
+        train(recipe)
+    assert not [file for file in recipe.run_dir.rglob("*") if file.name != ".lock"]
+
+
 def test_merge_aware_from_a_share_of_the_steps_on() -> None:
     from types import SimpleNamespace
 

@@ -237,6 +237,16 @@ def test_gguf_file_gives_the_model_it_was_made_from(tmp_path: Path) -> None:
     assert not any(name.endswith((".bin", ".gguf")) for name in files)
 
 
+def test_commands_say_that_a_gguf_file_was_unpacked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from deltatune.cli.app import run
+
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(), tiny_tokenizer())
+    with pytest.raises(SystemExit) as stop:
+        run(["generate", str(tmp_path / "tiny.gguf"), "hello", "--style", "raw", "-n", "1"])
+    assert not stop.value.code
+    assert "tiny.gguf, its weights unpacked to float32" in capsys.readouterr().err
+
+
 def test_gguf_file_is_unpacked_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_llama(), tiny_tokenizer())
     made: list[Path] = []

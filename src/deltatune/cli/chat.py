@@ -72,6 +72,7 @@ def chat_command(
     if compare and base_only:
         raise ValueError("--compare and --base exclude each other")
     loaded = load(where, dtype=dtype.value, quantization=quantization, device=device)
+    common.note_unpacked(loaded)
     if not getattr(loaded.tokenizer, "chat_template", None):
         raise ValueError(f"{target} has no chat template to talk through; use deltatune generate --style raw")
     data = run_data(where)

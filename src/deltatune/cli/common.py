@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
 
+    from deltatune.train.loading import Loaded
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 ModelOption = Annotated[
     str | None,
@@ -60,6 +62,12 @@ def note(text: str) -> None:
     console = err()
     # A terminal wraps between words; a pipe keeps the sentence on one line.
     console.print(text, style="dim", markup=False, soft_wrap=not console.is_terminal)
+
+
+def note_unpacked(loaded: Loaded) -> None:
+    """Says so where the base's own weights, in few bits, were unpacked."""
+    if loaded.resolved.kind == "gguf":
+        note(f"the base is {loaded.resolved.source}")
 
 
 def print_json(value: Any) -> None:

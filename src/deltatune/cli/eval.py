@@ -102,6 +102,7 @@ def eval_command(
     rows, about, said = load_rows(spec, held_out=data is None)
     common.note(said)
     loaded = load(where, dtype=dtype.value, quantization=quantization, device=device)
+    common.note_unpacked(loaded)
     options = {
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,

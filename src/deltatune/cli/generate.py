@@ -87,6 +87,7 @@ def generate_command(
     where = find_target(target, model)
     forms = _forms(where, compare, base_only)
     loaded = load(where, dtype=dtype.value, quantization=quantization, device=device)
+    common.note_unpacked(loaded)
     frame = PromptFrame.of(loaded, style, system)
     common.note(frame.said)
     tokens = [frame.tokens(text) for text in prompts]

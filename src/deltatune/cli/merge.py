@@ -56,14 +56,14 @@ def merge_command(
             help="Merge from disk to disk, tensor by tensor; default: if the base is over half of the memory.",
         ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one file.")] = "5GB",
+    max_shard_size: Annotated[str | None, typer.Option(help="Largest size of one file; default: 5GB.")] = None,
     device: DeviceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write base and adapter as one model that needs no adapter library.
 
     The update is added in fp32 and rounded once. Nothing is written unless it fits the disk and, with
-    --verify, keeps what the adapter does.
+    --verify, keeps what the adapter does (a merge from disk to disk is not compared).
     """
     from deltatune.train.loading import find_target
     from deltatune.train.merging import PROMPTS, merge
@@ -77,7 +77,14 @@ def merge_command(
         raise ValueError(f"--rounding {rounding} goes with --into same, since ordinary weights keep every change")
     if into == "same" and stream:
         raise ValueError("--stream writes ordinary weights, so --into same does not go with it")
+    given = {"--prompt": prompt, "--max-shard-size": max_shard_size, "--device": device}
     if stream or (stream is None and into == "dense" and too_large(where)):
+        unused = [option for option, value in given.items() if value]
+        if unused:
+            raise ValueError(
+                f"{unused[0]} is for a merge in memory; from disk to disk the base's files keep their sizes and nothing "
+                "is compared: leave it out, or merge with --no-stream"
+            )
         with console.status("merging from disk to disk"):
             written = merge_stream(where, output, dtype=dtype.value, overwrite=overwrite, quantization=quantization)
         _show(written, as_json)
@@ -89,7 +96,7 @@ def merge_command(
             dtype=dtype.value,
             overwrite=overwrite,
             prompts=(prompt or PROMPTS) if verify else None,
-            max_shard_size=max_shard_size,
+            max_shard_size=max_shard_size or "5GB",
             device=device,
             quantization=quantization,
             into=into,

@@ -80,10 +80,14 @@ def check_targets(recipe: Recipe, base: Any) -> None:
 
     Raises:
         TargetError: a pattern matches nothing.
+        ConfigError: the method cannot be trained merge-aware.
     """
     from deltatune import get_peft_config, plan_targets
+    from deltatune.core.rounding import refuse_dropout
 
     config: Any = get_peft_config({"task_type": recipe.task, **recipe.method})
+    if recipe.train.merge_aware is not None:
+        refuse_dropout(config)
     plan_targets(base, config)
 
 
