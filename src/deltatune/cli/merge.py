@@ -82,8 +82,8 @@ def merge_command(
         unused = [option for option, value in given.items() if value]
         if unused:
             raise ValueError(
-                f"{unused[0]} is for a merge in memory; from disk to disk the base's files keep their sizes and nothing "
-                "is compared: leave it out, or merge with --no-stream"
+                f"{unused[0]} is for a merge in memory; from disk to disk the base's files keep their sizes and "
+                "nothing is compared: leave it out, or merge with --no-stream"
             )
         with console.status("merging from disk to disk"):
             written = merge_stream(where, output, dtype=dtype.value, overwrite=overwrite, quantization=quantization)
