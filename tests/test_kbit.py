@@ -8,7 +8,7 @@ import torch
 from deltatune import LoraConfig, get_peft_model, prepare_model_for_kbit_training, quantize_model
 from deltatune.errors import ConfigError
 from deltatune.stores.nf4_layer import Nf4Linear
-from tiny import ids, llama, shake
+from tiny import bert, ids, llama, shake
 
 
 def test_nothing_is_cast_and_training_goes_through_checkpoints():
@@ -77,6 +77,19 @@ def test_native_bytes_are_the_formulas():
     paged = sum(v for k, v in terms(LLAMAS["7B"]).items() if k != "optimizer")
     assert paged < 6e9
     assert list(total.values()) == sorted(total.values())
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "BertForSequenceClassification"])
+def test_the_head_of_a_classifier_stays_trainable(kind):
+    import transformers
+
+    model = bert() if kind.startswith("Bert") else transformers.LlamaForSequenceClassification(llama().config)
+    done = quantize_model(model)
+    assert len(done) > 10
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    head = "classifier" if kind.startswith("Bert") else "score"
+    assert not any(path.startswith(head) for path in done)
+    assert any(head in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
 def test_what_quantize_model_refuses():

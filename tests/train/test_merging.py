@@ -228,6 +228,41 @@ def test_a_run_that_cannot_be_merge_aware_touches_nothing(tmp_path: Path) -> Non
     assert not [file for file in recipe.run_dir.rglob("*") if file.name != ".lock"]
 
 
+def test_numbers_that_are_not_finite_are_not_written(run: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    file = broken / "adapter_model.safetensors"
+    with safe_open(str(file), framework="pt") as opened:
+        about = opened.metadata()
+    tensors = load_file(file)
+    next(t for key, t in tensors.items() if "lora_B" in key)[0, 0] = torch.nan
+    save_file(tensors, file, metadata=about)
+    for prompts in (None, ["hi"]):
+        with pytest.raises(ValueError, match="not finite in float32; nothing was written"):
+            merge(find_target(str(broken)), tmp_path / "merged", prompts=prompts)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("quantization", [None, "native"])
+def test_a_classifier_is_compared_too(run: Path, tmp_path: Path, quantization: str | None) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    base = find_target(str(run)).base
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")).save_pretrained(
+        tmp_path / "adapter"
+    )
+    target = find_target(str(tmp_path / "adapter"))
+    done = merge(target, tmp_path / "merged", quantization=quantization)
+    assert done.difference is not None
+    assert done.difference.max < 1e-4
+    with pytest.raises(ValueError, match="is for SEQ_CLS, and only CAUSAL_LM is streamed"):
+        merge_stream(target, tmp_path / "streamed")
+
+
 def test_merge_aware_from_a_share_of_the_steps_on() -> None:
     from types import SimpleNamespace
 

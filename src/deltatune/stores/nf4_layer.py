@@ -230,14 +230,17 @@ def bitsandbytes_config(model: nn.Module) -> dict[str, Any]:
 
 
 def linear_layers(model: nn.Module, skip: Sequence[str] | None = None) -> Iterator[tuple[str, nn.Linear]]:
-    """(path, layer) of what is quantised: every linear layer but the output layer, or those not in `skip`.
+    """(path, layer) of what is quantised: every linear layer but the output layers, or those not in `skip`.
 
     Args:
-        skip: names of modules (or endings of their paths) that stay as they are; None leaves out the output layer.
+        skip: names of modules (or endings of their paths) that stay as they are; None leaves out the output layer, or
+            the head of a classifier.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    body: Any = getattr(model, "base_model", model) if head is None else model
+    inside = set(body.modules()) if isinstance(body, nn.Module) else set(model.modules())
     for path, module in model.named_modules():
-        if type(module) is not nn.Linear or (skip is None and module is head):
+        if type(module) is not nn.Linear or (skip is None and (module is head or module not in inside)):
             continue
         if not any(path == s or path.endswith(f".{s}") or f".{s}." in f".{path}." for s in skip or ()):
             yield path, module

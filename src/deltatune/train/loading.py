@@ -257,7 +257,7 @@ def _load_base(
 ) -> Any:
     from deltatune.train.models import load_model
 
-    labels = _label_count(target.adapter) if target.adapter and target.task == "SEQ_CLS" else None
+    labels = _labels(target, resolved)
     where = device or default_device()
     if quantization is not None:
         return load_model(
@@ -288,6 +288,19 @@ def adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def _labels(target: Target, resolved: ResolvedModel) -> int | None:
+    """Classes of a classifier: those of the adapter's head, else those that the model itself names."""
+    from transformers import AutoConfig
+
+    from deltatune.train.models import LABELLED
+
+    if target.task not in LABELLED:
+        return None
+    if target.adapter is not None:
+        return _label_count(target.adapter)
+    return int(AutoConfig.from_pretrained(resolved.path, revision=resolved.revision).num_labels)
 
 
 def _label_count(folder: Path) -> int | None:

@@ -108,6 +108,7 @@ def merge(
     loaded_in = wanted if into == "same" else stored if wanted == stored else torch.float32
     model, tokenizer, before = _fold(target, loaded_in, prompts, device, quantization, into, rounding)
     model = model if into == "same" else model.to(wanted)
+    _check_finite(model, _name(wanted))
     check_space(output, weight_bytes(model) + MARGIN)
     with staged_directory(output) as staging:
         write_model(model, staging, max_shard_size)
@@ -130,6 +131,15 @@ def _check_into(into: str, quantization: str | None, target: Target) -> None:
             f"{target.name} was not trained on a quantised base as far as its recipe and the options tell, so there is "
             "no few-bit storage to merge into: name one with --quantization, or leave --into out"
         )
+
+
+def _check_finite(model: Any, dtype: str) -> None:
+    for name, param in model.named_parameters():
+        if param.is_floating_point() and not torch.isfinite(param).all():
+            raise ValueError(
+                f"{name} of the merged model would have numbers that are not finite in {dtype}; nothing was written: the "
+                "adapter is broken, or its changes need a wider --dtype"
+            )
 
 
 def write_model(model: Any, folder: Path, max_shard_size: str) -> None:

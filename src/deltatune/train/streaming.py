@@ -88,6 +88,8 @@ def merge_stream(
     """
     if target.adapter is None:
         raise ValueError(f"{target.name} is no adapter, so there is nothing to merge into it")
+    if target.task != "CAUSAL_LM":
+        raise ValueError(f"{target.name} is for {target.task}, and only CAUSAL_LM is streamed; merge without --stream")
     hush()
     resolved = resolve_model(target.base, revision=target.revision)
     source = local_files(resolved)
