@@ -137,8 +137,8 @@ def _check_finite(model: Any, dtype: str) -> None:
     for name, param in model.named_parameters():
         if param.is_floating_point() and not torch.isfinite(param).all():
             raise ValueError(
-                f"{name} of the merged model would have numbers that are not finite in {dtype}; nothing was written: the "
-                "adapter is broken, or its changes need a wider --dtype"
+                f"{name} of the merged model would have numbers that are not finite in {dtype}; nothing was written: "
+                "the adapter is broken, or its changes need a wider --dtype"
             )
 
 
