@@ -16,6 +16,7 @@ from deltatune.train import merging
 from deltatune.train.loading import find_target, load
 from deltatune.train.merging import merge
 from deltatune.train.streaming import merge_stream
+from quantised import HERE
 from small_runs import write_base, write_run
 from tiny import llama
 
@@ -244,6 +245,11 @@ def test_numbers_that_are_not_finite_are_not_written(run: Path, tmp_path: Path) 
         with pytest.raises(ValueError, match="not finite in float32; nothing was written"):
             merge(find_target(str(broken)), tmp_path / "merged", prompts=prompts)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_packed_bytes_are_not_taken_for_numbers(kind: str) -> None:
+    merging._check_finite(torch.nn.Sequential(HERE[kind](torch.nn.Linear(64, 32))), "float32")
 
 
 @pytest.mark.parametrize("quantization", [None, "native"])

@@ -134,8 +134,11 @@ def _check_into(into: str, quantization: str | None, target: Target) -> None:
 
 
 def _check_finite(model: Any, dtype: str) -> None:
+    """For ordinary weights; those in few bits were looked at before they were rounded."""
+    from deltatune.stores import find_store
+
     for name, param in model.named_parameters():
-        if param.is_floating_point() and not torch.isfinite(param).all():
+        if find_store(param).exact and param.is_floating_point() and not torch.isfinite(param).all():
             raise ValueError(
                 f"{name} of the merged model would have numbers that are not finite in {dtype}; nothing was written: "
                 "the adapter is broken, or its changes need a wider --dtype"
