@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -21,6 +22,7 @@ import deltatune
 from deltatune import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    LNTuningConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -269,6 +271,33 @@ def test_two_threads_generate_at_once():
             assert torch.equal(two.result(), one)
     handle.remove()
     assert model.adapters.plan.state.names == ("c",)
+
+
+class Norm(nn.LayerNorm):
+    """Waits a moment for another call between two looks at its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.weight
+        if meeting := self.__dict__.get("meeting"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                meeting.wait(0.1)
+        return super().forward(x) + before
+
+
+def test_a_weight_that_is_put_in_place_is_no_other_threads():
+    norm = Norm(8)
+    model = get_peft_model(nn.Sequential(norm), LNTuningConfig(target_modules=["0"]))
+    model.add_adapter("b", LNTuningConfig(target_modules=["0"]))
+    shake(model)
+    x, weight = torch.randn(2, 3, 8), norm.weight
+    rows = (["default", "b"], ["b", "default"])
+    alone = [model(x, adapter_names=names) for names in rows]
+    norm.__dict__["meeting"] = threading.Barrier(2)
+    with futures.ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(model, x, adapter_names=names) for names in rows]
+        for one, two in zip(alone, made, strict=True):
+            assert torch.equal(two.result(), one)
+    assert norm.weight is weight
 
 
 def test_generation_with_one_adapter_per_row_and_beams():

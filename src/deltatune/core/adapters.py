@@ -187,6 +187,8 @@ class AdapterSet:
             if site.tag and not site.file_path:  # peft has no name for this, so files carry the tag too
                 for slot in edit.slots:
                     slot.key = f"{path}.{slot.file_name.replace(slot.name, f'{slot.name}_{site.tag}', 1)}"
+        if any(isinstance(edit, Delta) and not edit.ref.bypass for edit in edits):
+            hosted._places = True
         hosted._edits[name] = (*hosted._edits.get(name, ()), *edits)
         self.edits[name].extend(edits)
 

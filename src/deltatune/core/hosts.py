@@ -10,8 +10,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from threading import RLock
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from deltatune.core import together
@@ -27,6 +29,9 @@ FUSED_PATHS: dict[str, tuple[str, Any]] = {
     "torch.nn.modules.transformer.TransformerEncoder": ("use_nested_tensor", False),
 }
 
+#: held while a module is called that other weights are put into, which all threads see
+_PLACING = RLock()
+
 
 class Host:
     """Mixed in front of a module's own class."""
@@ -35,6 +40,8 @@ class Host:
     #: the number of the layer that it is in; very large outside of layers
     _layer: int
     plan: Plan
+    #: whether an edit puts another weight in place for a call
+    _places = False
     _edits: dict[str, tuple[Edit, ...]]
     _plain: type[nn.Module]
 
@@ -46,6 +53,12 @@ class Host:
         return [e for name in names if name in edits for e in edits[name]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._places or torch.compiler.is_compiling():
+            return self._deltatune_call(args, kwargs)
+        with _PLACING:
+            return self._deltatune_call(args, kwargs)
+
+    def _deltatune_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inner = self.__dict__.get("_inner_forward")
         base = super().forward if inner is None else inner  # type: ignore[misc]
         state = self.plan.state
@@ -106,6 +119,7 @@ def unhost(module: nn.Module) -> None:
     state = module.__dict__
     for name in ("_edits", "plan", "path", "_layer"):
         state.pop(name)
+    state.pop("_places", None)
     state.pop(together.ATTRIBUTE, None)
     if "_inner_forward" in state:
         state["forward"] = state.pop("_inner_forward")

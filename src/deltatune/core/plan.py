@@ -249,5 +249,5 @@ class Plan:
 
     @contextlib.contextmanager
     def _again(self, state: State, mode: str) -> Iterator[None]:
-        with self.call(state), kernels.use(mode):
+        with self.call(state), contextlib.nullcontext() if mode == kernels.mode() else kernels.use(mode):
             yield
