@@ -16,7 +16,7 @@ from deltatune.stores import find_store, quantised
 from deltatune.stores.dense import dequantize_model
 from deltatune.stores.grid import BeyondGridError
 from quantised import HERE, stored
-from tiny import shake
+from tiny import ids, shake
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 each = pytest.mark.parametrize("kind", HERE)
@@ -297,3 +297,24 @@ def test_a_storage_that_cannot_be_written_back(monkeypatch):
 def test_copies():
     model, x = adapted("nf4"), torch.randn(2, 3, 128)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+@each
+def test_parts_of_a_fused_projection_are_rows_of_the_weight(kind):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": 0}
+    model = Phi3ForCausalLM(Phi3Config(num_attention_heads=4, num_key_value_heads=2, **sizes)).eval()
+    attention = model.model.layers[0].self_attn
+    layer = nn.Linear(128, 256)
+    nn.init.zeros_(layer.bias)
+    attention.qkv_proj = HERE[kind](layer)
+    config = LoraConfig(r=2, target_modules=["qkv_proj"], enable_lora=[True, False, True])
+    assert [site.rows for site in config.sites(model)] == [slice(0, 128), slice(192, 256)]
+    with_parts = get_peft_model(model, config)
+    shake(with_parts, 0.05)
+    before, live = stored(attention.qkv_proj), with_parts(ids()).logits
+    with_parts.merge_adapter()
+    assert torch.allclose(with_parts(ids()).logits, live, atol=2e-2 if kind == "bnb_int8" else 1e-5)
+    with_parts.unmerge_adapter()
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(attention.qkv_proj), strict=True))

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltatune.core.ops import find_op
-from deltatune.core.weights import Rows
+from deltatune.core.weights import Rows, WeightRef
 from deltatune.errors import ConfigError
 
 NAMES = ("q", "k", "v")
@@ -76,11 +75,7 @@ def parts(model: nn.Module, path: str, n: int) -> list[Rows]:
     Raises:
         ConfigError: the weight does not divide so.
     """
-    module = model.get_submodule(path)
-    op = find_op(module)
-    assert op is not None
-    weight: Tensor = module.get_parameter("weight")
-    rows = op.shape(weight.shape)[-2]
+    rows = int(WeightRef(model.get_submodule(path)).full_shape[-2])
     attention = model.get_submodule(path.rpartition(".")[0])
     layout = LAYOUTS.get(type(attention).__name__, _contiguous)
     return layout(attention, rows, n)
