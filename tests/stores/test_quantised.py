@@ -300,6 +300,13 @@ def test_copies():
 
 
 @each
+def test_counts_are_of_numbers(kind):
+    trainable, total = adapted(kind).get_nb_trainable_parameters()
+    assert trainable == 4 * (128 + 128)
+    assert total - trainable - 5 * 128 - 5 in (128 * 128 + 128, 128 * 128)  # some layers keep the bias as no parameter
+
+
+@each
 def test_parts_of_a_fused_projection_are_rows_of_the_weight(kind):
     from transformers import Phi3Config, Phi3ForCausalLM
 

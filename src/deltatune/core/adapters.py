@@ -28,7 +28,7 @@ from deltatune.core.rounding import Rounding, refuse_dropout
 from deltatune.core.sites import Site, base_modules, saved_modules, standing
 from deltatune.core.weights import WeightRef, is_computed
 from deltatune.errors import AdapterNameError, ConfigError, DeltatuneError, TargetError, hint
-from deltatune.stores import settle
+from deltatune.stores import Packed, quantised, settle
 
 ATTRIBUTE = "_deltatune"
 #: reduced-precision bases get float32 adapters, unless the caller says otherwise
@@ -462,9 +462,11 @@ class AdapterSet:
             for p in e.original.parameters(recurse=True)
             if not any(p is s.weight for s in e.slots)
         }
-        trainable = total = 0
+        spread = [w for module in self.root.modules() if isinstance(w := quantised(module), Packed)]
+        parts = {id(tensor) for weight in spread for tensor in weight.tensors.values()}
+        trainable, total = 0, sum(math.prod(weight.shape) for weight in spread)
         for param in self.root.parameters():
-            n = logical_size(param)
+            n = logical_size(param) if id(param) not in parts else 0
             trainable += n if param.requires_grad else 0
             total += n if id(param) not in copied else 0
         return trainable, total
