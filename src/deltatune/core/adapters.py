@@ -121,7 +121,8 @@ class AdapterSet:
             self._attach(name, site, edits, float32, modules)
         together.find([modules[p] for p in dict.fromkeys(s.path.rpartition(".")[0] for s, _ in made)])
         close_fused_paths(modules, [site.path for site, _ in made])
-        settle(self.root, still=True)
+        if len(self.configs) == 1:
+            settle(self.root, still=True)
         self.merged.tell(self.deltas(name))
         self.set_requires_grad(name, not config.inference_mode)
         if any(edit.changes_base for edit in self.edits[name]):
