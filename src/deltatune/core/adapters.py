@@ -21,7 +21,7 @@ from deltatune.core.bank import Bank
 from deltatune.core.combine import composable
 from deltatune.core.composition import BatchSplit, Composition, Fuse, Node, beside, channels, leaves, nodes
 from deltatune.core.copies import ModuleCopy
-from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit, Slot
+from deltatune.core.edits import AdapterTensors, Delta, Edit, KVEdit
 from deltatune.core.hosts import Host, close_fused_paths, host, reopen_fused_paths, unhost
 from deltatune.core.plan import BASE, Plan, RowPlan, State
 from deltatune.core.rounding import Rounding, refuse_dropout
@@ -179,8 +179,7 @@ class AdapterSet:
         hosted = host(module, self.plan, site.path)
         home = modules[site.home or site.path]
         for edit in edits:
-            for slot in edit.slots:
-                _settle(slot, edit, module, float32)
+            _fit(edit, module, float32)
             if isinstance(edit, KVEdit):
                 attention.enable(self.root)
             path = site.home or site.path
@@ -194,8 +193,7 @@ class AdapterSet:
         self.edits[name].extend(edits)
 
     def _attach_bank(self, name: str, bank: Bank, float32: bool) -> None:
-        for slot in bank.slots:
-            _settle(slot, bank, self.root, float32)
+        _fit(bank, self.root, float32)
         bank.place_on(self.root, name)
         self.edits[name].append(bank)
 
@@ -482,22 +480,18 @@ def logical_size(param: Tensor) -> int:
     return math.prod(find_store(param).shape(param))
 
 
-def _settle(slot: Slot, edit: Edit, module: nn.Module, float32: bool) -> None:
-    """Gives a new tensor its final device and dtype, before anything (an optimiser) can hold it."""
-    if slot.value is None:
-        return
-    ref = edit.ref if isinstance(edit, Delta) else None
-    near = ref.param if ref is not None else next(module.parameters(), None)
-    value = slot.value
-    if value.is_floating_point():
-        dtype = ref.dtype if ref is not None else (near.dtype if near is not None else value.dtype)
-        if float32 and (dtype in LOW_PRECISION or not dtype.is_floating_point):
-            dtype = torch.float32
-        value = value.to(dtype)
-    slot.device = near.device if near is not None else None
-    if near is not None and not value.is_meta:
-        value = value.to(near.device) if not near.is_meta else value.to("meta")
-    slot.value = value.contiguous()  # FSDP2 asks for it
+def _fit(edit: Edit, module: nn.Module, float32: bool) -> None:
+    """Gives new tensors their final device and dtype, before anything (an optimiser) can hold them."""
+    near = edit.ref.param if isinstance(edit, Delta) else next(module.parameters(), None)
+    dtype = edit.ref.store.dtype(near) if isinstance(edit, Delta) else getattr(near, "dtype", None)
+    if float32 and dtype is not None and (dtype in LOW_PRECISION or not dtype.is_floating_point):
+        dtype = torch.float32
+    device = getattr(near, "device", None)
+    for slot in (s for s in edit.slots if s.value is not None):
+        value: Any = slot.value
+        value = value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        value = value if value.is_meta or device is None else value.to(device)
+        slot.device, slot.value = device, value.contiguous()  # FSDP2 asks for it
 
 
 def _drop_empty(module: nn.Module) -> None:
