@@ -417,7 +417,8 @@ class PeftModel(nn.Module):
             raise AdapterNameError(f"adapter_names has {len(adapter_names)} entries for a batch of {batch} rows")
         config = kwargs.get("generation_config") or model.generation_config
         order = [i for name in dict.fromkeys(adapter_names) for i, own in enumerate(adapter_names) if own == name]
-        if order != list(range(batch)) and _order_is_free(batch, args, kwargs, config):
+        free = plan.own.tasks is None and _order_is_free(batch, args, kwargs, config)
+        if order != list(range(batch)) and free:
             names = [adapter_names[i] for i in order]
             given = {name: _taken(value, order) for name, value in kwargs.items()}
             found = PeftModel.generate(self, *(_taken(v, order) for v in args), adapter_names=names, **given)

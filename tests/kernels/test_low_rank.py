@@ -358,6 +358,24 @@ def test_outputs_may_be_changed_in_place(mode, options, calls):
         torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("mode", ["fused", "lean"])
+def test_outputs_may_be_changed_in_place_where_hooks_keep_them(mode):
+    """Autograd itself does not notice it then: a checkpoint keeps what it makes again, and that is changed too."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q", "k", "out"], init_lora_weights=False, use_dora=True)
+    model = get_peft_model(Scaled().double(), config).train()
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    with kernels.use("plain"):
+        expected = gradients(model, x)
+    with kernels.use(mode):
+        again = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False))
+        with torch.autograd.graph.save_on_cpu():
+            moved = gradients(model, x)
+    for one, two, three in zip(expected, again, moved, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(three, one, rtol=1e-9, atol=1e-10)
+
+
 def test_outputs_that_magnitudes_need_are_kept_until_backward():
     """And a second backward of the same graph makes them again."""
     model = adapted(use_dora=True)

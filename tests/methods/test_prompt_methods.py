@@ -258,6 +258,23 @@ def test_tasks_by_row_and_their_transfer(tmp_path):
         deltatune.MultitaskPromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="EXACT_SOURCE_TASK")
 
 
+def test_tasks_of_rows_with_adapters_of_their_own():
+    """`generate` sorts rows by adapter only where no task goes with them."""
+    config = deltatune.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=3, num_ranks=2)
+    model = get_peft_model(llama(), config).eval()
+    model.add_adapter("b", config)
+    shake(model, scale=2.0)
+    names, tasks = ["default", "b", "default"], torch.tensor([2, 0, 1])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids())}
+    said = model.generate(input_ids=ids(), adapter_names=names, task_ids=tasks, **options)
+    other = model.generate(input_ids=ids(), adapter_names=names, task_ids=tasks[[0, 2, 1]], **options)
+    assert not torch.equal(said, other)
+    options["attention_mask"] = options["attention_mask"][:1]
+    for i, name in enumerate(names):
+        alone = model.generate(input_ids=ids()[i : i + 1], adapter_names=[name], task_ids=tasks[i : i + 1], **options)
+        assert torch.equal(said[i], alone[0])
+
+
 # ---------------------------------------------------------------------- intrinsic
 def test_a_subspace_is_found_and_searched(tmp_path):
     generator = torch.Generator().manual_seed(0)

@@ -119,6 +119,7 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *outs: Tensor) -> Tensor:
         ctx.save_for_backward(*outs)
+        ctx.versions = [out._version for out in outs]  # autograd looks at none where hooks (a checkpoint's) keep them
         return anchor.new_empty(0)
 
 
@@ -131,12 +132,15 @@ def keep(anchor: Tensor, outs: Sequence[Tensor]) -> Any:
 def kept(ctx: Any) -> tuple[Tensor, ...] | None:
     """What `keep` has put there, once; None where it is gone or was changed in place (`nn.ReLU(inplace=True)`)."""
     node, ctx.kept = ctx.kept, None  # else it would be there as long as the graph
+    if node is None:
+        return None
     try:
-        return None if node is None else tuple(node.saved_tensors)
+        outs = tuple(node.saved_tensors)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         return None
+    return outs if [out._version for out in outs] == node.versions else None
 
 
 def _linear(w: Tensor | Product, x: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, s: float) -> Tensor:
