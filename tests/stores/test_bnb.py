@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltatune import PeftModel, get_peft_model
+from deltatune import LoraConfig, PeftModel, get_peft_model
 from deltatune.errors import DeltatuneError
 from deltatune.stores import find_store
 from laws import METHOD_NAMES, config_for
@@ -170,6 +170,26 @@ def test_an_evaluation_leaves_the_weight_and_its_gradients(kind):
     assert float((merged(x.detach()) - live).abs().mean()) < 0.1 * float(live.abs().mean())
     model = get_peft_model(four(kind), config_for("LORA"))
     assert model.unload().layer.support_avx512bf16_for_cpu == may
+
+
+def test_a_layer_that_comes_after_the_first_adapter_keeps_its_weight_too():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.layer = nn.Linear(128, 128), four("nf4").layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.first(x))
+
+    net = Two()
+    model = get_peft_model(net, LoraConfig(target_modules=["first"]))
+    net.layer = four("nf4").layer
+    net.layer.support_avx512bf16_for_cpu = True  # as on a processor that has them; the layer is never repacked here
+    model.add_adapter("b", LoraConfig(target_modules=["layer"]))
+    assert not net.layer.support_avx512bf16_for_cpu
+    model.delete_adapter("default")
+    model.delete_adapter("b")
+    assert net.layer.support_avx512bf16_for_cpu
 
 
 @pytest.mark.parametrize("kind", FOUR)

@@ -115,14 +115,15 @@ class AdapterSet:
         if undo is not None:
             self._undo[name] = undo
         self.configs[name], self.edits[name] = config, []
+        new = [module for site, _ in made if not isinstance(module := modules[site.path], Host)]
         if bank is not None:
             self._attach_bank(name, bank, float32)
         for site, edits in made:
             self._attach(name, site, edits, float32, modules)
         together.find([modules[p] for p in dict.fromkeys(s.path.rpartition(".")[0] for s, _ in made)])
         close_fused_paths(modules, [site.path for site, _ in made])
-        if len(self.configs) == 1:
-            settle(self.root, still=True)
+        for module in [self.root] if len(self.configs) == 1 else new:  # one may have come after the first adapter
+            settle(module, still=True)
         self.merged.tell(self.deltas(name))
         self.set_requires_grad(name, not config.inference_mode)
         if any(edit.changes_base for edit in self.edits[name]):
